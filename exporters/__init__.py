@@ -1,1 +1,15 @@
-"""."""
+"""The table of formats, and what an exporter is given and gives back."""
+
+from __future__ import annotations
+
+from vlmedge.exporters.base import Encoding, Exporter, ExportJob, Written
+from vlmedge.registry import Registry
+
+EXPORTERS: Registry[Exporter] = Registry(
+    "format",
+    {
+        "gguf": "vlmedge.exporters.gguf:EXPORTER",
+    },
+)
+
+__all__ = ["EXPORTERS", "Encoding", "ExportJob", "Exporter", "Written"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vlmedge.errors import CheckpointError
-from vlmedge.tensorfile import open_safetensors
+from vlmedge.pickles import open_pickles, select_pickles
+from vlmedge.tensorfile import INDEX, SINGLE, open_safetensors, short
 from vlmedge.tensors import Tensor
 
-INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.pth", "model.pt")
 Fetch = Callable[[str, str, str], Path]
+TEXT_LIMIT = 128 << 20  # bytes; the largest tokenizer.json of today has 35 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +40,22 @@ class Checkpoint:
     fetcher: Fetch | None = field(default=None, repr=False)
 
     def text(self, name: str) -> str | None:
-        """The text of a file beside the weights, or None."""
+        """The text of a file beside the weights, or None; raises CheckpointError where it cannot be read as text."""
         path = self.folder / name
-        try:
-            return path.read_text(encoding="utf-8") if path.is_file() else None
-        except UnicodeDecodeError:
-            raise CheckpointError(f"{name} of {self.source.label} is not UTF-8 text") from None
+        return _text(path) if path.is_file() else None
 
     def fetch(self, repo: str, revision: str, name: str, why: str) -> Path:
         """A file of another repository, through the same hub access; raises CheckpointError where there is none."""
         if self.fetcher is None:
-            raise CheckpointError(f"{self.source.label}: {why}, and {name} of {repo} is needed instead")
+            raise CheckpointError(
+                f"{self.source.label}: {why}, and {name} of {repo} is needed instead; put that file into the folder"
+            )
         try:
             return self.fetcher(repo, revision, name)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{self.source.label}: {why}; it needs {name} of {repo} at {revision[:12]}, which could not be had ({error}); "
-                f"put that file into the folder"
+                f"{self.source.label}: {why}; it needs {name} of {repo} at {revision[:12]}, "
+                f"which could not be had ({error}); put that file into the folder"
             ) from None
 
 
@@ -77,51 +77,74 @@ def open_folder(
 
 
 def _weights(folder: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
-    single = folder / "model.safetensors"
+    """One file before shards, as transformers does; safetensors of any name before pickles."""
+    if (folder / SINGLE).is_file():
+        return open_safetensors(folder / SINGLE), (folder / SINGLE,)
     if (folder / INDEX).is_file():
         return _shards(folder)
-    if single.is_file():
-        return open_safetensors(single), (single,)
-    loose = sorted(folder.glob("*.safetensors"))
+    loose = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if loose:
-        tensors: dict[str, Tensor] = {}
-        for path in loose:
-            tensors |= open_safetensors(path)
-        return tensors, tuple(loose)
-    pickles = [folder / name for name in PICKLES if (folder / name).is_file()]
-    pickles += sorted(set(folder.glob("*.bin")) - set(pickles))
+        return _joined(loose), tuple(loose)
+    pickles = select_pickles(path.name for path in folder.iterdir() if path.is_file())
     if pickles:
-        from vlmedge.pickles import open_pickles  # torch, only where it is asked for
-
-        return open_pickles(folder, pickles, allow_pickle)
-    raise CheckpointError(f"{folder} has no model.safetensors and no {INDEX}")
+        return open_pickles(folder, [folder / name for name in pickles], allow_pickle)
+    raise CheckpointError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; is it a checkpoint folder?")
 
 
 def _shards(folder: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
     index = _json(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-        raise CheckpointError(f"{folder / INDEX} has no table 'weight_map'")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()) or not names:
+        raise CheckpointError(f"{folder / INDEX} has no table 'weight_map'; download it again")
     shards = sorted(set(names.values()))
     for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{INDEX} names the shard {shard!r}, which is not a plain file name")
+        if not _plain(shard):
+            raise CheckpointError(f"{INDEX} names the shard {short(shard)}, which is not a plain file name")
         if not (folder / shard).is_file():
             raise CheckpointError(f"the shard {shard} is missing from {folder}; download it again")
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        found = open_safetensors(folder / shard)
-        tensors |= {name: tensor for name, tensor in found.items() if names.get(name, shard) == shard}
+    files = tuple(folder / shard for shard in shards)
+    tensors = _joined(files, names)
     lost = [name for name in names if name not in tensors]
     if lost:
-        raise CheckpointError(f"{INDEX} names {lost[0]!r} in {names[lost[0]]}, which does not hold it")
-    return tensors, tuple(folder / shard for shard in shards)
+        raise CheckpointError(f"{INDEX} names {short(lost[0])} in {names[lost[0]]}, which does not hold it")
+    return tensors, files
+
+
+def _joined(files: Iterable[Path], place: Mapping[str, str] = MappingProxyType({})) -> dict[str, Tensor]:
+    """The tensors of all `files`; of two with one name `place` says which file is meant."""
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        found = {n: t for n, t in open_safetensors(path).items() if place.get(n, path.name) == path.name}
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(
+                f"{short(twice[0])} stands in {path.name} and in another file of {path.parent}; "
+                "which one is meant cannot be told"
+            )
+        tensors |= found
+    return tensors
+
+
+def _plain(shard: str) -> bool:
+    """Tell whether it is a file name that cannot lead out of its folder, here or on Windows."""
+    return 0 < len(shard) <= 200 and shard not in (".", "..") and shard.isprintable() and not set(shard) & set("/\\:")
 
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {' '.join(str(error).split())[:200]}") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > TEXT_LIMIT:
+            raise CheckpointError(f"{path} has more than {TEXT_LIMIT >> 20} MiB and cannot be meant")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; is it a checkpoint folder?") from None
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is not UTF-8 text") from None

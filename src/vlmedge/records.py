@@ -6,6 +6,7 @@ A union of dataclasses is told apart by the key `kind`, which holds the class na
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -42,9 +43,11 @@ def _record(cls: type, data: Any, where: str, error: type[VlmedgeError]) -> Any:
         raise error(f"{where} must be a table, not {_name(data)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    if data.get("kind", cls.__name__) != cls.__name__ and "kind" not in fields:
+        raise error(f"{where} has the kind {_short(data['kind'])}, not '{cls.__name__}'")
     for key in data:
         if key not in fields and key != "kind":
-            raise error(f"{where} has the unknown key '{key}'{nearest(str(key), fields)}")
+            raise error(f"{where} has the unknown key {_short(key)}{nearest(str(key)[:80], fields)}")
     values = {}
     for name, field in fields.items():
         if name in data:
@@ -62,7 +65,7 @@ def _value(hint: Any, data: Any, where: str, error: type[VlmedgeError]) -> Any:
         return _union(args, data, where, error)
     if origin is Literal:
         if data not in args:
-            raise error(f"{where} is {data!r}{nearest(str(data), map(str, args))}")
+            raise error(f"{where} is {_short(data)}{nearest(_short(data), map(str, args))}")
         return data
     if dataclasses.is_dataclass(hint):
         return _record(typing.cast(type, hint), data, where, error)
@@ -72,10 +75,17 @@ def _value(hint: Any, data: Any, where: str, error: type[VlmedgeError]) -> Any:
         if not isinstance(data, Mapping):
             raise error(f"{where} must be a table, not {_name(data)}")
         return {str(k): _value(args[1], v, f"{where}.{k}", error) for k, v in data.items()}
-    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+    return _plain(hint, data, where, error)
+
+
+def _plain(hint: Any, data: Any, where: str, error: type[VlmedgeError]) -> Any:
+    """Check a number, string or truth value; whole numbers do for float, infinities and NaN never do."""
+    if hint is float and type(data) is int and abs(data) < 1 << 1000:
         return float(data)
     if not isinstance(data, hint) or (hint is int and isinstance(data, bool)):
         raise error(f"{where} must be {_wanted(hint)}, not {_name(data)}")
+    if isinstance(data, float) and not math.isfinite(data):
+        raise error(f"{where} must be a finite number, not {data}")
     return data
 
 
@@ -85,12 +95,12 @@ def _union(args: tuple[Any, ...], data: Any, where: str, error: type[VlmedgeErro
     options = [a for a in args if a is not type(None)]
     if len(options) == 1:
         return _value(options[0], data, where, error)
-    records = {a.__name__: a for a in options if dataclasses.is_dataclass(a)}
+    records: dict[str, type] = {a.__name__: a for a in options if isinstance(a, type) and dataclasses.is_dataclass(a)}
     if records and isinstance(data, Mapping):
         kind = data.get("kind")
-        if kind not in records:
-            raise error(f"{where} has the kind {kind!r}{nearest(str(kind), records)}")
-        return _record(records[str(kind)], data, where, error)
+        if not isinstance(kind, str) or kind not in records:
+            raise error(f"{where} has the kind {_short(kind)}{nearest(_short(kind), records)}")
+        return _record(records[kind], data, where, error)
     for option in options:
         if not dataclasses.is_dataclass(option) and _fits(option, data):
             return _value(option, data, where, error)
@@ -120,4 +130,11 @@ def _wanted(hint: Any) -> str:
 
 
 def _name(data: Any) -> str:
-    return f"{type(data).__name__} {data!r}"[:80]
+    names = {dict: "a table", list: "a list", str: "the text", bool: "the truth value", float: "the number"}
+    kind = "nothing" if data is None else names.get(type(data), type(data).__name__)
+    return kind if isinstance(data, dict | list) or data is None else f"{kind} {_short(data)}"
+
+
+def _short(data: Any) -> str:
+    text = repr(data) if not isinstance(data, int) or abs(data) < 1 << 200 else "an enormous number"
+    return text if len(text) <= 80 else text[:77] + "..."

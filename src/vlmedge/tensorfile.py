@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,17 @@ from vlmedge.session import F32
 from vlmedge.spec import Shape
 from vlmedge.tensors import Tensor
 
-DTYPES = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2)}
-_HEADER_LIMIT = 100 << 20  # the format's own limit
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F32": ("f32", 4), "F16": ("f16", 2), "BF16": ("bf16", 2)}
+# Legal in the format, and met in buffers that a weight table drops; read as weights they are refused.
+OTHERS = dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1) | dict.fromkeys(("U16", "I16"), 2)
+OTHERS |= dict.fromkeys(("U32", "I32"), 4) | dict.fromkeys(("U64", "I64", "F64", "C64"), 8)
+_NUMPY: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
+_HEADER_LIMIT = 100_000_000  # the format's own limit
+_RANK_LIMIT = 16
+_READ = 1 << 30  # Linux gives at most 2 GiB to one call
+_POSITIONAL = hasattr(os, "preadv")  # Windows has none
 
 
 class FileTensor(Tensor):
@@ -30,37 +41,60 @@ class FileTensor(Tensor):
         self.file, self.name, self.dtype, self.shape, self.offset = file, name, dtype, shape, offset
 
     def read_rows(self, start: int, stop: int) -> F32:
-        """Rows start..stop as float32."""
-        width = 4 if self.dtype == "f32" else 2
+        """Rows start..stop as float32; raises CheckpointError for a dtype that holds no weights."""
+        stored = _NUMPY.get(self.dtype)
+        if stored is None:
+            raise CheckpointError(
+                f"{self.file.path.name}: {short(self.name)} has the dtype {self.dtype.upper()}; "
+                f"weights must be {', '.join(FLOATS)}"
+            )
         count = (stop - start) * self.columns
-        raw = self.file.read(self.offset + start * self.columns * width, count * width)
+        raw = self.file.read(self.offset + start * self.columns * stored.itemsize, count * stored.itemsize)
         if self.dtype == "bf16":
             wide = np.empty(count, np.uint32)
-            np.left_shift(np.frombuffer(raw, np.uint16), 16, out=wide, dtype=np.uint32, casting="unsafe")
-            flat = wide.view(np.float32)
+            np.left_shift(np.frombuffer(raw, stored), 16, out=wide, dtype=np.uint32, casting="unsafe")
+            flat: F32 = wide.view(np.float32)
         else:
-            flat = np.frombuffer(raw, np.float32 if self.dtype == "f32" else np.float16).astype(np.float32, copy=False)
+            flat = np.frombuffer(raw, stored).astype(np.float32, copy=False)
         return flat.reshape(stop - start, self.columns)
 
 
 class OpenFile:
-    """A file that stays open as long as one of its tensors is alive."""
+    """A file that stays open as long as one of its tensors is alive; several threads may read it at once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+                raise CheckpointError(f"{path} is not a file")
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from None
         self.size = os.fstat(self._fd).st_size
 
     def read(self, offset: int, count: int) -> bytearray:
-        """Read exactly `count` bytes at `offset`."""
+        """Read exactly `count` bytes at `offset`; raises CheckpointError where the file ends or the disk fails."""
         buffer = bytearray(count)
         view, done = memoryview(buffer), 0
         while done < count:
-            got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+            got = self._some(view[done : done + _READ], offset + done)
             if got <= 0:
                 raise CheckpointError(f"{self.path.name} ends in the middle of its data; download it again")
             done += got
         return buffer
+
+    def _some(self, view: memoryview, offset: int) -> int:
+        try:
+            if _POSITIONAL:
+                return os.preadv(self._fd, [view], offset)
+            with self._lock:
+                os.lseek(self._fd, offset, os.SEEK_SET)
+                data = os.read(self._fd, len(view))
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+        view[: len(data)] = data
+        return len(data)
 
     def __del__(self) -> None:
         """Close the descriptor."""
@@ -73,7 +107,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the file's tensors in the order of their data.
 
     Raises CheckpointError for a truncated file, a header that is not JSON, and offsets that leave the data,
-    overlap or disagree with shape and dtype.
+    overlap, leave holes or disagree with shape and dtype.
     """
     file = OpenFile(path)
     header, start = _header(file)
@@ -83,53 +117,95 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         dtype, shape, begin, end = _entry(path, name, entry)
-        if end > file.size - start:
-            raise CheckpointError(
-                f"{path.name} is truncated: {name!r} ends at byte {start + end}, the file has {file.size}; download it again"
-            )
         spans.append((begin, end, name))
         tensors[name] = FileTensor(file, name, dtype, shape, start + begin)
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise CheckpointError(f"{path.name} is damaged: the data of {first!r} and {second!r} overlap")
-    if spans and spans[-1][1] != file.size - start:
-        raise CheckpointError(f"{path.name} is damaged: {file.size - start} bytes of data, the header describes {spans[-1][1]}")
+    _check_spans(file, spans, start)
     return {name: tensors[name] for _, _, name in spans}
 
 
+def short(name: str) -> str:
+    """A name out of a file, quoted and cut to one readable line."""
+    return repr(name if len(name) <= 120 else name[:117] + "...")
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON table; raises ValueError where a key stands twice, since two readers may then disagree."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {short(twice)} stands twice")
+    return table
+
+
 def _header(file: OpenFile) -> tuple[dict[str, Any], int]:
+    name = file.path.name
     if file.size < 8:
-        raise CheckpointError(f"{file.path.name} is not a safetensors file: only {file.size} bytes")
+        raise CheckpointError(f"{name} is no safetensors file: it has only {file.size} bytes; download it again")
     length = int.from_bytes(file.read(0, 8), "little")
     if length > _HEADER_LIMIT or 8 + length > file.size:
         raise CheckpointError(
-            f"{file.path.name} is truncated or no safetensors file: its header claims {length} bytes of {file.size}"
+            f"{name} is truncated or no safetensors file: it has {file.size} bytes, "
+            f"its header claims {length}; download it again"
         )
     try:
-        header = json.loads(bytes(file.read(8, length)))
+        header = json.loads(file.read(8, length).decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file.path.name} has a damaged header: {error}") from None
+        raise CheckpointError(f"{name} has a damaged header: {_line(error)}") from None
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file.path.name} has a damaged header: not a table")
+        raise CheckpointError(f"{name} has a damaged header: it is not a table")
     return header, 8 + length
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[str, Shape, int, int]:
-    try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError):
-        whole = False
-        kind, shape, begin, end = "", (), 0, 0
-    if not whole:
-        raise CheckpointError(f"{path.name} has a damaged header: the entry of {name!r} is not a dtype, a shape and offsets")
-    if kind not in DTYPES:
-        raise CheckpointError(f"{path.name}: {name!r} has the dtype {kind}; weights must be {', '.join(DTYPES)}")
-    dtype, width = DTYPES[kind]
-    if end - begin != math.prod(shape) * width:
+    """The dtype, shape, begin and end of one header entry, consistent with each other."""
+    fields = entry if isinstance(entry, dict) else {}
+    kind, shape, offsets = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not isinstance(kind, str) or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(
-            f"{path.name} is damaged: {name!r} of shape {list(shape)} in {kind} needs {math.prod(shape) * width} bytes, "
-            f"its offsets hold {end - begin}"
+            f"{path.name} has a damaged header: the entry of {short(name)} is not a dtype, a shape and two offsets"
+        )
+    if kind not in FLOATS and kind not in OTHERS:
+        raise CheckpointError(
+            f"{path.name}: {short(name)} has the unknown dtype {short(kind)}; weights must be {', '.join(FLOATS)}"
+        )
+    dtype, width = FLOATS.get(kind) or (kind.lower(), OTHERS[kind])
+    begin, end = offsets
+    wanted = math.prod(shape) * width
+    if end - begin != wanted:
+        raise CheckpointError(
+            f"{path.name} is damaged: {short(name)} of shape {list(shape)} in {kind} needs {wanted:.12g} bytes, "
+            f"its offsets hold {end - begin:.12g}"
         )
     return dtype, shape, begin, end
+
+
+def _counts(value: Any) -> Shape | None:
+    """A short list of whole numbers that fit the format's 64 bits, or None."""
+    if not isinstance(value, list) or len(value) > _RANK_LIMIT:
+        return None
+    return tuple(value) if all(type(n) is int and 0 <= n < 1 << 64 for n in value) else None
+
+
+def _check_spans(file: OpenFile, spans: list[tuple[int, int, str]], start: int) -> None:
+    """Check that the sorted (begin, end, name) cover the data exactly once."""
+    at, before, size = 0, "", file.size - start
+    for begin, end, name in spans:
+        if end > size:
+            raise CheckpointError(
+                f"{file.path.name} is truncated: {short(name)} ends at byte {start + end}, "
+                f"the file has {file.size}; download it again"
+            )
+        if begin < at:
+            raise CheckpointError(f"{file.path.name} is damaged: the data of {short(before)} and {short(name)} overlap")
+        if begin > at:
+            raise CheckpointError(
+                f"{file.path.name} is damaged: {begin - at} bytes before {short(name)} belong to nothing"
+            )
+        at, before = end, name
+    if at != size:
+        raise CheckpointError(f"{file.path.name} is damaged: {size} bytes of data, the header describes {at}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

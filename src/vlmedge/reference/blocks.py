@@ -214,12 +214,15 @@ class Decoder(nn.Module):
         caches: list[LayerCache] | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [n, t, width] at positions start.. -> hidden [n, t, width] before the final norm.
 
         `mask`: bool, true where a query (row) sees a key (column); with neither mask nor `causal` all see all.
+        `positions`: int64 [n, t] where they do not simply count up from `start`.
         """
-        rope = cast(Tensor, self.rope)[:, start : start + x.shape[1]]
+        table = cast(Tensor, self.rope)
+        rope = table[:, start : start + x.shape[1]] if positions is None else table[:, positions].unsqueeze(2)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, None if caches is None else caches[i], mask, causal)
         return x

@@ -1,1 +1,54 @@
-"""."""
+"""The table of runtimes: what runs which format, whether it can run here, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vlmedge.registry import Registry
+from vlmedge.session import Session
+from vlmedge.spec import ModelSpec
+from vlmedge.tensors import Tensor
+
+Memory = Literal["fast", "lean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a runtime is given: a bundle's folder, or a checkpoint's tensors, with the model's spec.
+
+    `memory`: "fast" holds one copy of the weights in the layout that computes fastest; "lean" maps the
+    file, so that the system can drop pages. `dtype` is the original's ("f32", "bf16", "f16").
+    """
+
+    spec: ModelSpec
+    folder: Path | None = None
+    tensors: Mapping[str, Tensor] | None = None
+    threads: int | None = None
+    memory: Memory = "fast"
+    dtype: str = "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """One way to run a model.
+
+    `loads`: the bundle format, or "checkpoint" for the original. `missing`: None where it can run here, else
+    one line that says what to do.
+    """
+
+    name: str
+    loads: str
+    missing: Callable[[], str | None]
+    open: Callable[[Opening], Session]
+
+
+RUNTIMES: Registry[Runtime] = Registry(
+    "runtime",
+    {
+        "torch": "vlmedge.reference.runtime:RUNTIME",
+        "llamacpp": "vlmedge.runtimes.llamacpp:RUNTIME",
+    },
+)

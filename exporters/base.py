@@ -1,0 +1,84 @@
+"""What an exporter is given and gives back; one folder per format implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlmedge.quant_profiles import QuantProfile, Scheme
+from vlmedge.spec import ModelSpec, Shape
+from vlmedge.tensors import Tensor
+
+Progress = Callable[[str, int], None]
+
+
+def silent(name: str, count: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How one canonical tensor is stored: file, the format's own type name, bytes, and why it differs from the plan.
+
+    `tensor` is the name inside `file`; `shape` the stored shape (padding included).
+    """
+
+    file: str
+    tensor: str
+    type: str
+    shape: Shape
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportJob:
+    """One export: the model, its lazily read tensors, a scheme for each, and an existing empty folder to write to.
+
+    `progress(canonical name, source elements)` is called as each tensor is done.
+    """
+
+    spec: ModelSpec
+    tensors: Mapping[str, Tensor]
+    profile: QuantProfile
+    plan: Mapping[str, Scheme]
+    tokenizer: bytes
+    name: str
+    out: Path
+    threads: int
+    progress: Progress = silent
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One file of an export: its path inside the bundle, the components in it, the bundle's word for its part.
+
+    `parameters` and `bytes` count weights, for bits per weight; `schemes` maps type name -> parameters.
+    """
+
+    path: str
+    role: str
+    components: tuple[str, ...]
+    parameters: int
+    schemes: Mapping[str, int]
+
+
+class Exporter(Protocol):
+    """Writes one format. Only its folder imports that format's writer."""
+
+    format: str
+
+    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
+        """Canonical name -> how it would be stored; reads no weights.
+
+        Raises UnsupportedError where a block has no handler or a scheme no encoding in this format.
+        """
+
+    def write(self, job: ExportJob) -> tuple[Written, ...]:
+        """Write the files into `job.out`, reading each tensor once."""
+
+    def notes(self, spec: ModelSpec) -> dict[str, Any]:
+        """Facts for the manifest: `requires` (runtime versions), `stock` (what a stock app gets, in words), ..."""

@@ -1,0 +1,392 @@
+"""The skills of an opened model: caption, query, chat, detect, point, gaze, over any session."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from vlmedge import imaging, picture, prompt
+from vlmedge.answer import Answer, Box, Grounding, Point, Reasoning
+from vlmedge.errors import UnsupportedError, UsageError
+from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
+from vlmedge.measure import Clock, peak_rss_mb
+from vlmedge.picture import PictureLike
+from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, TextStream, Tokenizer, TokenRun
+from vlmedge.regions import RegionDecoder
+from vlmedge.session import F32, Session, Step
+from vlmedge.spec import ModelSpec
+
+OnToken = Callable[[str], None]
+_KEPT_PICTURES = 4
+
+
+class Model:
+    """An opened model. A picture is a path, a PIL image or uint8 [h, w, 3]; `None` means text only.
+
+    Every skill also takes `max_tokens`, `temperature` (0 is greedy), `seed` and `on_token` (called with each new
+    piece of text) by name. Not for use from several threads at once.
+    """
+
+    def __init__(self, spec: ModelSpec, session: Session, tokenizer: Tokenizer) -> None:
+        self.spec = spec
+        self.session = session
+        self.tokenizer = tokenizer
+        self._conversation = Conversation(session, spec.decoder.bidirectional_prefix)
+        self._encoded: OrderedDict[str, tuple[Embedded, int]] = OrderedDict()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the runtime's memory."""
+        self.session.close()
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """The skills that this model has."""
+        return prompt.skills(self.spec.prompt)
+
+    def caption(
+        self,
+        image: PictureLike,
+        length: str = "normal",
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> Answer:
+        """Describe a picture; `length` is "short", "normal" or "long" where the release has it."""
+        request = self._begin("caption", f"caption/{length}", [image])
+        return request.answer(self._options(max_tokens, temperature, seed, on_token))
+
+    def query(
+        self,
+        image: PictureLike | None,
+        question: str,
+        *,
+        reasoning: bool = False,
+        spatial_refs: Sequence[Reference] = (),
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> Answer:
+        """Answer a question about a picture (or, with None, without one).
+
+        `spatial_refs`: points (x, y) or boxes (x_min, y_min, x_max, y_max) in 0..1 that the question is about.
+        `reasoning`: think first; the thoughts and the points they name are in `Answer.reasoning`.
+        """
+        self._check_references(spatial_refs, image, reasoning)
+        name = "query/reasoning" if reasoning else "query"
+        images = [] if image is None else [image]
+        request = self._begin("query", name, images, question=question, references=spatial_refs)
+        return request.answer(self._options(max_tokens, temperature, seed, on_token), reasoning=reasoning)
+
+    def detect(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:  # noqa: A002
+        """Find every `object`; `Answer.boxes`. Always greedy: the sampling options have no effect."""
+        return self._regions("detect", image, object, max_objects, options)
+
+    def point(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:  # noqa: A002
+        """Point at every `object`; `Answer.points`. Always greedy: the sampling options have no effect."""
+        return self._regions("point", image, object, max_objects, options)
+
+    def gaze(self, image: PictureLike, eye: tuple[float, float], **options: Any) -> Answer:
+        """Where the person whose eye is at (x, y) looks: one point, or none where the model sees no target."""
+        self._sampling_options(options)
+        request = self._begin("gaze", "gaze", [image], eye=eye)
+        return request.regions(sizes=False, most=1)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
+        """Answer the last of `messages`: {"role": "user", "content": text or a list of pictures and text}.
+
+        Raises UnsupportedError for more turns or pictures than the model was made for.
+        """
+        images, text = _only_turn(messages)
+        if len(images) > 1:
+            raise UnsupportedError(f"this model takes one picture at a time, the message has {len(images)}")
+        return self.query(images[0] if images else None, text, **options)
+
+    def stages(self, images: Sequence[PictureLike], prompt_ids: Sequence[int]) -> dict[str, F32]:
+        """Every stage of one prefill, float32.
+
+        `pixels` [n, 3, size, size], `features` [n, tokens, width], `projected` [image_tokens, width] (absent without a
+        picture), `logits` [positions, vocab] of BOS, picture and `prompt_ids`, which follow the picture.
+        """
+        out: dict[str, F32] = {}
+        parts: list[tuple[int, ...] | Embedded] = []
+        if images:
+            start = prompt.template(self.spec.prompt, next(iter(self.spec.prompt.templates)))
+            parts += [p.ids for p in start[:1] if isinstance(p, prompt.Ids)]
+        for image in images:
+            crops = imaging.crop(picture.load_picture(image), self.spec.image)
+            out["pixels"] = imaging.normalise(crops.pixels, self.spec.image)
+            out["features"] = self._features(crops)
+            out["projected"] = self.session.project(out["features"], crops.tiling)
+            parts.append(Embedded("stages", out["projected"]))
+        before = self._conversation.begin(Prefix(tuple(parts)), every=True)
+        logits = [] if before is None else [before.logits]
+        if len(prompt_ids):
+            logits.append(self._conversation.ask([tuple(map(int, prompt_ids))], every=True).logits)
+        out["logits"] = np.concatenate(logits)
+        return out
+
+    # ---- inside -----------------------------------------------------------------------------------------------
+
+    def _begin(
+        self,
+        skill: str,
+        name: str,
+        images: Sequence[PictureLike],
+        *,
+        question: str = "",
+        thing: str = "",
+        references: Sequence[Reference] = (),
+        eye: tuple[float, float] | None = None,
+    ) -> _Request:
+        clock = Clock()
+        segments = prompt.render(
+            self.spec.prompt,
+            name,
+            self.tokenizer,
+            pictures=len(images),
+            question=question,
+            thing=thing,
+            references=references,
+            eye=eye,
+        )
+        cut = 1 + max((i for i, s in enumerate(segments) if isinstance(s, PictureSpan)), default=-1)
+        counts = _positions(segments, self.spec.image_tokens)
+        self._conversation.check(sum(counts), "the picture and the prompt" if images else "the prompt")
+        encoded = [self._picture(image, clock) for image in images]
+        prefix = Prefix(tuple(self._part(s, encoded) for s in segments[:cut]))
+        with clock.stage("prefill"):
+            self._conversation.begin(prefix)
+        rest = [self._part(s, encoded) for s in segments[cut:]]
+        return _Request(self, skill, clock, rest, counts, sum(crops for _, crops in encoded))
+
+    def _picture(self, image: PictureLike, clock: Clock) -> tuple[Embedded, int]:
+        with clock.stage("preprocess"):
+            pixels = picture.load_picture(image)
+            key = picture.digest(pixels)
+        if key in self._encoded:
+            self._encoded.move_to_end(key)
+            return self._encoded[key]
+        with clock.stage("preprocess"):
+            crops = imaging.crop(pixels, self.spec.image)
+        with clock.stage("vision"):
+            features = self._features(crops)
+        with clock.stage("project"):
+            rows = self.session.project(features, crops.tiling)
+        self._encoded[key] = (Embedded(key, rows), crops.count)
+        if len(self._encoded) > _KEPT_PICTURES:
+            self._encoded.popitem(last=False)
+        return self._encoded[key]
+
+    def _features(self, crops: imaging.Crops) -> F32:
+        """Features of all crops; a single local crop equals the global one, which is then encoded once."""
+        if crops.tiling == (1, 1):
+            return np.repeat(self.session.vision(crops.pixels[:1]), 2, axis=0)
+        return self.session.vision(crops.pixels)
+
+    def _part(self, segment: Segment, encoded: Sequence[tuple[Embedded, int]]) -> tuple[int, ...] | Embedded:
+        if isinstance(segment, TokenRun):
+            return segment.ids
+        if isinstance(segment, PictureSpan):
+            return encoded[segment.index][0]
+        return self._region().encoded(*segment.values)
+
+    def _region(self) -> RegionDecoder:
+        if self.spec.region is None:
+            raise UnsupportedError(f"{self.spec.family} has no region heads: no detect, point or spatial references")
+        return RegionDecoder(self.spec.region, self._conversation)
+
+    def _regions(self, name: str, image: PictureLike, thing: str, most: int | None, options: dict[str, Any]) -> Answer:
+        self._sampling_options(options)
+        request = self._begin(name, name, [image], thing=thing)
+        return request.regions(sizes=name == "detect", most=most or self.spec.prompt.max_objects)
+
+    def _check_references(self, references: Sequence[Reference], image: object, reasoning: bool) -> None:
+        if not references:
+            return
+        if self.spec.prompt.coordinate is None:
+            raise UnsupportedError("this release has no spatial references; they came with moondream2 2025-06-21")
+        if image is None:
+            raise UsageError("spatial references need a picture")
+        if any(len(r) not in (2, 4) for r in references):
+            raise UsageError("a spatial reference is a point (x, y) or a box (x_min, y_min, x_max, y_max)")
+        if reasoning:
+            raise UnsupportedError("reasoning with spatial references does not work in the original either; ask without one")
+
+    def _options(
+        self, max_tokens: int | None, temperature: float, seed: int | None, on_token: OnToken | None
+    ) -> _Options:
+        if temperature < 0:
+            raise UsageError(f"temperature must be 0 or more, not {temperature}")
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
+        sampler = Sampler(temperature, self.spec.prompt.top_p, seed)
+        return _Options(max_tokens or self.spec.prompt.max_tokens, sampler, on_token)
+
+    @staticmethod
+    def _sampling_options(options: Mapping[str, Any]) -> None:
+        for name in options:
+            if name not in ("max_tokens", "temperature", "seed", "on_token"):
+                raise TypeError(f"unexpected option '{name}'")
+
+
+class _Options:
+    """How to sample."""
+
+    __slots__ = ("max_tokens", "on_token", "sampler")
+
+    def __init__(self, max_tokens: int, sampler: Sampler, on_token: OnToken | None) -> None:
+        self.max_tokens, self.sampler, self.on_token = max_tokens, sampler, on_token
+
+
+class _Request:
+    """One request whose picture is in the KV cache: what remains is the prompt and the answer."""
+
+    def __init__(
+        self,
+        model: Model,
+        skill: str,
+        clock: Clock,
+        rest: Sequence[tuple[int, ...] | Embedded],
+        counts: tuple[int, int],
+        crops: int,
+    ) -> None:
+        self._model, self._skill, self._clock, self._rest = model, skill, clock, rest
+        self._counts, self._crops = counts, crops
+
+    def answer(self, options: _Options, reasoning: bool = False) -> Answer:
+        """Generate text, after thoughts where asked for."""
+        model, rules = self._model, self._model.spec.prompt
+        with self._clock.stage("prompt"):
+            step = model._conversation.ask(self._rest, hidden=reasoning)
+        thoughts = None
+        if reasoning:
+            assert rules.reasoning is not None, "a reasoning template comes with its rules"
+            thoughts = self._think(step, options)
+            model._conversation.check(model.session.position + len(rules.reasoning.answer), "the reasoning")
+            step = model._conversation.ask([rules.reasoning.answer])
+        stream = TextStream(model.tokenizer)
+
+        def token_done(token: int) -> None:
+            self._clock.mark("first_token")
+            if options.on_token is not None:
+                options.on_token(stream.push(token))
+
+        with self._clock.stage("decode"):
+            out = generate(
+                model._conversation,
+                step,
+                stop=rules.stop,
+                banned=rules.banned,
+                max_tokens=options.max_tokens,
+                sampler=options.sampler,
+                on_token=token_done,
+            )
+        if options.on_token is not None:
+            options.on_token(stream.finish())
+        text = model.tokenizer.decode([t for t in out.ids if t not in rules.stop])
+        return self._finish(text=text, tokens=out.ids, finish=out.finish, reasoning=thoughts)
+
+    def _think(self, step: Step, options: _Options) -> Reasoning:
+        """Grounded reasoning: coordinate tokens feed back the coordinate that the hidden state holds."""
+        model, rules = self._model, self._model.spec.prompt.reasoning
+        assert rules is not None
+        region = model._region()
+        chunks: list[tuple[list[int], list[float]]] = [([], [])]
+
+        def feed(token: int, current: Step) -> tuple[int, ...] | Embedded:
+            if token in rules.chunk_starts:
+                chunks.append(([], []))
+            chunks[-1][0].append(token)
+            if token != rules.coordinate:
+                return (token,)
+            chunks[-1][1].append(region.coordinate(current))
+            return region.encoded(chunks[-1][1][-1])
+
+        with self._clock.stage("reasoning"):
+            out = generate(
+                model._conversation,
+                step,
+                stop=(rules.stop,),
+                banned=rules.banned,
+                max_tokens=options.max_tokens,
+                sampler=options.sampler,
+                feed=feed,
+            )
+        text, grounding = "", []
+        for ids, values in chunks:
+            piece = model.tokenizer.decode(ids)
+            points = tuple(Point(x, y) for x, y in zip(values[::2], values[1::2], strict=False))
+            if points:
+                grounding.append(Grounding(len(text), len(text) + len(piece), points))
+            text += piece
+        return Reasoning(text, out.ids, tuple(grounding))
+
+    def regions(self, *, sizes: bool, most: int) -> Answer:
+        """Collect boxes or points."""
+        model, rules = self._model, self._model.spec.prompt
+        region = model._region()
+        with self._clock.stage("prompt"):
+            step = model._conversation.ask(self._rest, hidden=True)
+        tokens, boxes, points = [], [], []
+        with self._clock.stage("decode"):
+            for token, found in region.objects(step, stop=rules.stop, sizes=sizes, most=most):
+                self._clock.mark("first_token")
+                tokens.append(token)
+                if isinstance(found, Box):
+                    boxes.append(found)
+                elif isinstance(found, Point):
+                    points.append(found)
+        ended = bool(tokens) and tokens[-1] in rules.stop
+        return self._finish(
+            tokens=tuple(tokens), boxes=tuple(boxes), points=tuple(points), finish="stop" if ended else "length"
+        )
+
+    def _finish(self, **fields: Any) -> Answer:
+        self._clock.mark("total")
+        text, image = self._counts
+        return Answer(
+            skill=self._skill,
+            prompt_tokens=text,
+            image_tokens=image,
+            crops=self._crops,
+            runtime=self._model.session.runtime,
+            timings_ms=self._clock.rounded(),
+            peak_rss_mb=peak_rss_mb(),
+            **fields,
+        )
+
+
+def _positions(segments: Sequence[Segment], image_tokens: int) -> tuple[int, int]:
+    """Positions of text and slots, and of pictures."""
+    text = sum(len(s.ids) if isinstance(s, TokenRun) else isinstance(s, Slot) for s in segments)
+    return text, image_tokens * sum(isinstance(s, PictureSpan) for s in segments)
+
+
+def _only_turn(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Any], str]:
+    if len(messages) != 1 or messages[0].get("role") != "user":
+        raise UnsupportedError("this model was trained on single questions: chat takes one message of the role 'user'")
+    content = messages[0].get("content")
+    if isinstance(content, str):
+        return [], content
+    if not isinstance(content, Sequence):
+        raise UsageError("a message's content is a text, or a list of pictures and one text (last)")
+    # A path is a text too: the last text is the question, everything before it is a picture.
+    *images, text = content if content else [""]
+    if not isinstance(text, str) or not text:
+        raise UsageError("a message ends with its text")
+    return list(images), text
