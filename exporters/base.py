@@ -74,11 +74,12 @@ class Exporter(Protocol):
     def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.
 
+        A tensor that is stored in two pieces has a second entry under `NAME#piece`.
         Raises UnsupportedError where a block has no handler or a scheme no encoding in this format.
         """
 
     def write(self, job: ExportJob) -> tuple[Written, ...]:
         """Write the files into `job.out`, reading each tensor once."""
 
-    def notes(self, spec: ModelSpec) -> dict[str, Any]:
-        """Facts for the manifest: `requires` (runtime versions), `stock` (what a stock app gets, in words), ..."""
+    def notes(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+        """Facts for manifests: `requires` (runtime -> version), `stock` (what a stock app gets), `notes`; sentences."""

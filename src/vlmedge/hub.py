@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmedge.errors import HubError, nearest
-from vlmedge.selection import SMALL, select_files
+from vlmedge.selection import select_files
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -27,6 +27,8 @@ Notice = Callable[[str], None]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota errno
+CONFIG = "config.json"
+_ATTEMPTS = 3  # huggingface_hub 2 resumes by itself; before 2 it keeps what it has and gives up
 _TIMEOUT = 20.0  # seconds for the one question that is asked before anything is downloaded
 _log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def fetch_folder(
     the hub's progress bars; `cache` replaces the hub's own folder. Raises HubError.
     """
     place = _place(repo, revision, cache)
-    info = None if _offline() else _ask(place, "config.json", notice)
+    info = None if _offline() else _ask(place, CONFIG, notice)
     if info is None:
         folder = _cached_folder(place)
         return folder, folder.name
@@ -75,11 +77,16 @@ def fetch_folder(
     at_commit = replace(place, revision=info.sha or revision)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings or []}
     names = select_files(str(place), sizes, lambda name: _download(at_commit, name, quiet), allow_pickle)
-    with _explained(place), _bars(quiet):
-        found = snapshot_download(
-            repo, revision=revision, cache_dir=place.cache, endpoint=place.endpoint, allow_patterns=names
-        )
-    return Path(found), Path(found).name
+    others = [name for name in names if name != CONFIG]
+    _persist(
+        place,
+        quiet,
+        lambda: snapshot_download(
+            repo, revision=revision, cache_dir=place.cache, endpoint=place.endpoint, allow_patterns=others
+        ),
+    )
+    config = _download(place, CONFIG, quiet)  # the last, so that its presence says that nothing is missing
+    return config.parent, config.parent.name
 
 
 def fetch_file(
@@ -158,10 +165,27 @@ def _ask(place: _Place, name: str, notice: Notice | None) -> ModelInfo | None:
 def _download(place: _Place, name: str, quiet: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _explained(place, name), _bars(quiet):
-        return Path(
-            hf_hub_download(place.repo, name, revision=place.revision, cache_dir=place.cache, endpoint=place.endpoint)
-        )
+    found = _persist(
+        place,
+        quiet,
+        lambda: hf_hub_download(
+            place.repo, name, revision=place.revision, cache_dir=place.cache, endpoint=place.endpoint
+        ),
+        name,
+    )
+    return Path(found)
+
+
+def _persist(place: _Place, quiet: bool, call: Callable[[], str], name: str = "") -> str:
+    """Return what `call` downloads; a connection that breaks is taken up again, every other failure is explained."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            with _bars(quiet):
+                return call()
+        except _failures() as error:
+            if attempt == _ATTEMPTS - 1 or not _may_pass(error):
+                raise _explain(place, error, name) from None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _cached_file(place: _Place, name: str) -> Path | None:
@@ -172,28 +196,11 @@ def _cached_file(place: _Place, name: str) -> Path | None:
 
 
 def _cached_folder(place: _Place) -> Path:
-    """The revision's folder in the cache; raises HubError where it is missing or known to be incomplete."""
-    config = _cached_file(place, "config.json")
+    config = _cached_file(place, CONFIG)
     if config is None:
         raise HubError(
             f"{place} is not in the cache {place.cache}, and HF_HUB_OFFLINE is set; unset it, or give a folder"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:  # weights are checked when the folder is opened
-        snapshot_download(
-            place.repo,
-            revision=place.revision,
-            cache_dir=place.cache,
-            local_files_only=True,
-            allow_patterns=list(SMALL),
-            ignore_patterns=["*/*"],
-        )
-    except LocalEntryNotFoundError:
-        raise HubError(
-            f"the cache {place.cache} has only a part of {place}; connect to the network and run again"
-        ) from None
     return config.parent
 
 
@@ -212,14 +219,6 @@ def _bars(quiet: bool) -> Iterator[None]:
         enable_progress_bars()
 
 
-@contextmanager
-def _explained(place: _Place, name: str = "") -> Iterator[None]:
-    try:
-        yield
-    except _failures() as error:
-        raise _explain(place, error, name) from None
-
-
 def _failures() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises; its base is requests', httpx' or httpx2's error, by its version."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -231,6 +230,14 @@ def _failures() -> tuple[type[Exception], ...]:
 def _status(error: Exception) -> int | None:
     code = getattr(getattr(error, "response", None), "status_code", None)
     return code if isinstance(code, int) else None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tell whether it is the connection that failed: neither an answer of the hub nor the disk."""
+    disk = isinstance(error, OSError) and (error.errno in _FULL or error.filename is not None)
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return _status(error) is None and not disk and not isinstance(error, EntryNotFoundError)
 
 
 def _explain(place: _Place, error: Exception, name: str = "") -> HubError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shlex
+import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +29,7 @@ SAFE_TORCH = (2, 6)  # CVE-2025-32434: before, weights_only could be made to run
 # All that a damaged or hostile stream was seen to raise inside the restricted loader.
 _BROKEN = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError),
-    *(TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile),
+    *(TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError, struct.error),
 )
 
 
@@ -113,8 +115,10 @@ def _shards(folder: Path) -> set[str]:
 def _load(path: Path) -> dict[str, Tensor]:
     torch = _torch()
     try:
-        # The format before torch 1.6 cannot be mapped.
-        table = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it in one line
+            # The format before torch 1.6 cannot be mapped.
+            table = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _BROKEN as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(

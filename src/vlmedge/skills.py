@@ -92,11 +92,11 @@ class Model:
         request = self._begin("query", name, images, question=question, references=spatial_refs)
         return request.answer(self._options(max_tokens, temperature, seed, on_token), reasoning=reasoning)
 
-    def detect(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:  # noqa: A002
+    def detect(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:
         """Find every `object`; `Answer.boxes`. Always greedy: the sampling options have no effect."""
         return self._regions("detect", image, object, max_objects, options)
 
-    def point(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:  # noqa: A002
+    def point(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:
         """Point at every `object`; `Answer.points`. Always greedy: the sampling options have no effect."""
         return self._regions("point", image, object, max_objects, options)
 

@@ -20,7 +20,8 @@ class Opening:
     """What a runtime is given: a bundle's folder, or a checkpoint's tensors, with the model's spec.
 
     `memory`: "fast" holds one copy of the weights in the layout that computes fastest; "lean" maps the
-    file, so that the system can drop pages. `dtype` is the original's ("f32", "bf16", "f16").
+    file, so that the system can drop pages. `dtype` is the original's ("f32", "bf16", "f16"). `kv_cache` is the
+    type of the stored keys and values, where the runtime has a choice.
     """
 
     spec: ModelSpec
@@ -29,6 +30,7 @@ class Opening:
     threads: int | None = None
     memory: Memory = "fast"
     dtype: str = "f32"
+    kv_cache: Literal["f16", "f32"] = "f16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""A GGUF file whose tensors are written in any order, in blocks, by several threads, into their final places."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from vlmedge.exporters.gguf.layout import Stored
+from vlmedge.session import U8
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Value: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float]
+Metadata: TypeAlias = Mapping[str, Value]
+
+
+class GgufFile:
+    """Header and metadata at once, tensors by `write`. Same input, same bytes, whatever the order of the writes.
+
+    `gguf.GGUFWriter` writes the header; its own tensor writer holds or rereads whole tensors, so data goes past it.
+    """
+
+    def __init__(self, path: Path, metadata: Metadata, tensors: Sequence[Stored]) -> None:
+        import gguf  # not needed for a plan
+
+        self.path = path
+        writer = gguf.GGUFWriter(None, str(metadata["general.architecture"]))
+        for key, value in metadata.items():
+            if key != "general.architecture":
+                _add(writer, key, value)
+        for t in tensors:
+            kind = gguf.GGMLQuantizationType(t.kind.number)
+            writer.add_tensor_info(t.tensor, t.shape, None, t.bytes, raw_dtype=kind)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        self._place(tensors, writer.data_alignment)
+
+    def _place(self, tensors: Sequence[Stored], alignment: int) -> None:
+        """Give every tensor its offset and the file its full size; what is never written reads as zero."""
+        position = _aligned(self.path.stat().st_size, alignment)
+        self._offsets: dict[str, int] = {}
+        for t in tensors:
+            self._offsets[t.tensor] = position
+            position += _aligned(t.bytes, alignment)
+        self._fd = os.open(self.path, os.O_WRONLY)
+        os.ftruncate(self._fd, position)
+
+    def write(self, stored: Stored, row: int, data: U8) -> None:
+        """Write encoded rows from `row` on."""
+        offset = self._offsets[stored.tensor] + row * stored.kind.size((1, stored.columns))
+        view = data.data
+        while view:
+            wrote = os.pwrite(self._fd, view, offset)
+            view, offset = view[wrote:], offset + wrote
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+def _aligned(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+def _add(writer: GGUFWriter, key: str, value: Value) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

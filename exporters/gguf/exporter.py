@@ -1,0 +1,126 @@
+"""The GGUF exporter: encodings without weights, and one pass over the checkpoint that fills every file."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from vlmedge.errors import OutputError
+from vlmedge.exporters.base import Encoding, ExportJob, Written
+from vlmedge.exporters.gguf import quantizer
+from vlmedge.exporters.gguf.heads import heads_metadata
+from vlmedge.exporters.gguf.layout import HEADS, MMPROJ, TEXT, Stored, layout, piece
+from vlmedge.exporters.gguf.metadata import architecture, check_vision, mmproj_metadata, text_metadata
+from vlmedge.exporters.gguf.stream import write_files
+from vlmedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
+from vlmedge.quant_profiles import Scheme
+from vlmedge.spec import ModelSpec, component
+
+REQUIRES = {"llama-cpp-python": ">=0.3.36", "llama.cpp": "the one in that version, or newer"}
+# Where the facts of `ExportJob.about` go; any other is written as general.source.NAME.
+ABOUT = {"licence": "general.license", "license": "general.license", "repo": "general.source.huggingface.repository"}
+ROLES = {TEXT: "text", MMPROJ: "mmproj", HEADS: "heads"}
+
+
+class GgufExporter:
+    """Writes text.gguf, mmproj.gguf and, where there is something to put into it, heads.gguf."""
+
+    format = "gguf"
+
+    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
+        """Canonical name -> how it would be stored; reads no weights.
+
+        The joined projector's first layer is stored in two pieces, the second under `projector.up.weight#local`.
+        Raises UnsupportedError where llama.cpp has no such block or ggml no such type.
+        """
+        architecture(spec.decoder)
+        check_vision(spec)
+        return {piece(s): Encoding(s.file, s.tensor, s.kind.name, s.shape, s.bytes, s.note) for s in layout(spec, plan)}
+
+    def write(self, job: ExportJob) -> tuple[Written, ...]:
+        """Write the files into `job.out`, reading each tensor once, in the order of the checkpoint's files.
+
+        Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OutputError where
+        the disk is full, RuntimeFailedError without ggml's quantizer.
+        """
+        stored = layout(job.spec, job.plan)
+        metadata = _metadata(job, stored, read_vocabulary(job.tokenizer, job.spec.decoder.vocab))
+        if any(s.kind.quantized for s in stored):
+            quantizer.load(quantizer.library_path())
+        try:
+            _check_space(job, stored)
+            write_files(job, stored, metadata)
+        except OSError as error:
+            raise _output_error(job, error) from None
+        return tuple(_written(file, stored) for file in metadata)
+
+    def notes(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+        """Facts for the manifest: `requires`, `stock` (what a stock app gets) and `notes`, both as sentences."""
+        vocabulary = read_vocabulary(tokenizer, spec.decoder.vocab)
+        return {
+            "requires": REQUIRES,
+            "stock": _stock(spec),
+            "notes": vocabulary.notes,
+        }
+
+
+def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
+    """File -> its key-value pairs, in the order in which they are written."""
+    check_vision(job.spec)
+    text: dict[str, Any] = {"general.architecture": architecture(job.spec.decoder), "general.type": "model"}
+    mmproj: dict[str, Any] = {"general.architecture": "clip", "general.type": "mmproj"}
+    heads = heads_metadata()
+    about = {ABOUT.get(key, f"general.source.{key}"): value for key, value in sorted(job.about.items()) if value}
+    out = {}
+    for file, first, rest in (
+        (TEXT, text, text_metadata(job.spec, vocabulary)),
+        (MMPROJ, mmproj, mmproj_metadata(job.spec, job.plan)),
+        (HEADS, heads, {}),
+    ):
+        kinds: Counter[int] = Counter()
+        for s in stored:
+            if s.file == file and len(s.shape) > 1:
+                kinds[s.kind.file_type] += s.parameters
+        if kinds:
+            general = {"general.name": job.name, "general.file_type": max(kinds, key=lambda k: (kinds[k], -k))}
+            out[file] = first | general | {"general.quantization_version": 2} | about | rest
+    return out
+
+
+def _check_space(job: ExportJob, stored: tuple[Stored, ...]) -> None:
+    need, free = sum(s.bytes for s in stored), shutil.disk_usage(job.out).free
+    if need > free:
+        raise OSError(errno.ENOSPC, f"{need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+
+
+def _output_error(job: ExportJob, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk of {job.out} is full ({reason}); free some space or choose another folder")
+    return OutputError(f"cannot write to {job.out}: {reason}")
+
+
+def _written(file: str, stored: tuple[Stored, ...]) -> Written:
+    mine = [s for s in stored if s.file == file]
+    schemes: Counter[str] = Counter()
+    for s in mine:
+        schemes[s.kind.name] += s.parameters
+    components = tuple(dict.fromkeys(component(s.source) for s in mine))
+    return Written(file, ROLES[file], components, sum(schemes.values()), dict(sorted(schemes.items())))
+
+
+def _stock(spec: ModelSpec) -> tuple[str, ...]:
+    words = ["A stock llama.cpp app (mtmd) loads text.gguf and mmproj.gguf and answers through its chat template."]
+    if spec.projector.joins_global:
+        words.append("It sees a picture as one crop, letterboxed and resized bicubically, without overlapping crops.")
+    if spec.decoder.bidirectional_prefix:
+        words.append("Its image positions attend causally; the model was trained with all of them seeing each other.")
+    if spec.region is not None:
+        words.append("It cannot detect or point: those heads are in heads.gguf.")
+    return tuple(words)
+
+
+EXPORTER = GgufExporter()

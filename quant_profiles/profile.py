@@ -1,0 +1,148 @@
+"""A quantization profile: ordered rules, read strictly from TOML, that give every tensor of a model a scheme."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmedge.errors import UsageError, nearest
+from vlmedge.records import decode
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the values of one tensor are stored, in no format's words.
+
+    `kind` "float": `bits` is 32 or 16. `kind` "int": `bits` per value, `group_size` neighbours in a row share a
+    scale (0: the whole row does), `symmetric`: there is a scale and no offset. `native`: a format's own type for
+    this tensor, by format name; it wins over the rest in that format.
+    """
+
+    kind: Literal["float", "int"]
+    bits: int
+    group_size: int = 0
+    symmetric: bool = True
+    native: dict[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        """Refuse widths that no format can mean."""
+        widths = (16, 32) if self.kind == "float" else tuple(range(1, 9))
+        if self.bits not in widths:
+            raise UsageError(
+                f"a scheme of kind {self.kind} has {self.bits} bits; possible: {', '.join(map(str, widths))}"
+            )
+        if self.group_size < 0:
+            raise UsageError(f"a scheme has the group_size {self.group_size}; it counts values, 0 means the whole row")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSelector:
+    """Some of a component's layers, numbered from 0 of n: those below `below`, those from `above` on, and every k-th.
+
+    A bound is a number of layers, or a fraction of n as text ("7/8"), rounded down. `every` counts from `below`:
+    layer i is taken where (i - below) % every == phase.
+    """
+
+    below: int | str = 0
+    above: int | str = "1/1"
+    every: int = 0
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that are no numbers."""
+        for bound in (self.below, self.above):
+            _layers(bound, 1)
+        if self.every < 0 or not 0 <= self.phase < max(self.every, 1):
+            raise UsageError(
+                f"a layer selector has every = {self.every}, phase = {self.phase}; phase must be below every"
+            )
+
+    def picks(self, layer: int, layers: int) -> bool:
+        """True where `layer` of `layers` is taken."""
+        below = _layers(self.below, layers)
+        if layer < below or layer >= _layers(self.above, layers):
+            return True
+        return self.every > 0 and (layer - below) % self.every == self.phase
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRule:
+    """One rule: tensors whose canonical name matches the glob `match` (`*` spans dots), in the selected layers."""
+
+    match: str
+    scheme: Scheme
+    layers: LayerSelector | None = None
+
+    def matches(self, name: str, layer: int | None, layers: int) -> bool:
+        """True where the rule holds for a tensor in `layer` (None: in none) of a component of `layers`."""
+        if not fnmatchcase(name, self.match):
+            return False
+        return self.layers is None or (layer is not None and self.layers.picks(layer, layers))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantProfile:
+    """A named list of rules. `kv_cache` is the type in which runtimes keep keys and values.
+
+    `tolerance`: the largest relative RMS difference from the original that an export may show at a stage
+    (`features`, `projected`, `logits`); a stage that is absent is measured and not judged.
+    """
+
+    name: str
+    summary: str
+    rules: tuple[QuantRule, ...]
+    kv_cache: Literal["f32", "f16"] = "f16"
+    tolerance: dict[str, float] = field(default_factory=dict, hash=False)
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the profiles that ship, in alphabetical order."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def load_profile(name: str) -> QuantProfile:
+    """Return a shipped profile by name, or one by the path of its .toml file.
+
+    Raises UsageError for an unknown name (with the nearest), an unreadable file, or an unknown key or value in it.
+    """
+    if name.endswith(".toml"):
+        return _read(Path(name))
+    if name not in profile_names():
+        raise UsageError(f"unknown profile '{name}'{nearest(name, profile_names())}; or give the path of a .toml file")
+    return _read(FOLDER / f"{name}.toml")
+
+
+def _read(path: Path) -> QuantProfile:
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the profile {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the profile {path} is not TOML: {error}") from None
+    if "name" in data:
+        raise UsageError(f"{path.name} has the key 'name'; a profile is named by its file, drop the key")
+    try:
+        return decode(QuantProfile, {**data, "name": path.stem}, path.name)
+    except UsageError as error:  # schemes and selectors check themselves and do not know their file
+        text = str(error)
+        raise UsageError(text if text.startswith(path.name) else f"{path.name}: {text}") from None
+
+
+def _layers(bound: int | str, layers: int) -> int:
+    """A bound in layers: a count as it is, a fraction "a/b" of `layers` rounded down."""
+    if isinstance(bound, int):
+        return bound
+    above, slash, below = bound.partition("/")
+    if not (slash and above.isdigit() and below.isdigit() and int(below)):
+        raise UsageError(f'a layer bound is {bound!r}; it is a number of layers or a fraction such as "7/8"')
+    return int(above) * layers // int(below)

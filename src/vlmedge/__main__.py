@@ -1,0 +1,5 @@
+"""python -m vlmedge."""
+
+from vlmedge.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""What commands show: progress and notes on stderr, tables and one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from vlmedge.progress import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """Add --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")(function)
+
+
+def quiet_option(function: F) -> F:
+    """Add --quiet."""
+    return click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")(function)
+
+
+def threads_option(function: F) -> F:
+    """Add --threads."""
+    return click.option("--threads", type=click.IntRange(1, 1024), help="Default: the physical cores.")(function)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(data, ensure_ascii=False))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """Print a table; columns in `right` hold numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    # Piped output is for other programs: lines are not folded at an imagined width of 80.
+    Console(width=None if console.is_terminal else 200).print(table)
+
+
+@contextmanager
+def shown(quiet: bool) -> Iterator[Progress]:
+    """Draw progress on stderr for the length of the block; silent with `quiet`."""
+    if quiet:
+        yield Progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bars:
+        yield _Shown(bars)
+
+
+class _Shown(Progress):
+    """Progress as rich bars; each finished stage leaves a line."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars, self._task, self._text = bars, None, ""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """Start the stage's bar."""
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._text, self._task = text, self._bars.add_task(text, total=total)
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bars.console.print(f"note: {text}", highlight=False)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{count / 1e6:,.1f} MB"

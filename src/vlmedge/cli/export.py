@@ -1,0 +1,79 @@
+"""vlmedge export: a checkpoint becomes a verified bundle."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+
+from vlmedge.cli.console import json_option, megabytes, print_json, quiet_option, shown, threads_option
+from vlmedge.cli.options import chosen_profile, format_option, profile_options
+
+
+@click.command("export")
+@click.argument("source")
+@format_option
+@profile_options
+@click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE.FORMAT here].")
+@click.option("--no-verify", is_flag=True, help="Do not compare with the original.")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, read no weights, write nothing.")
+@click.option("--allow-pickle", is_flag=True, help="Read pickled weights, with torch's restricted loader.")
+@threads_option
+@quiet_option
+@json_option
+def command(
+    source: str,
+    format_: str,
+    quant: str | None,
+    out: str | None,
+    no_verify: bool,
+    dry_run: bool,
+    allow_pickle: bool,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Convert SOURCE (a known model, a hub id with optional @revision, a folder, demo:NAME) into a bundle."""
+    profile = chosen_profile(quant, flags)
+    if dry_run:
+        from vlmedge.cli.plan import show_plan
+
+        show_plan(source, format_, profile, quiet, as_json)
+        return
+    from vlmedge.measure import peak_rss_mb
+    from vlmedge.pipeline import export
+
+    start = time.perf_counter()
+    with shown(quiet) as progress:
+        bundle = export(
+            source,
+            format_,
+            profile,
+            out,
+            verify=not no_verify,
+            threads=threads,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    seconds, manifest = time.perf_counter() - start, bundle.manifest
+    bits = manifest.profile.bits_per_weight
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle.path),
+                "format": manifest.format,
+                "profile": manifest.profile.name,
+                "bytes": bundle.bytes,
+                "bits_per_weight": bits,
+                "seconds": round(seconds, 2),
+                "peak_rss_mb": peak_rss_mb(),
+                "verification": manifest.verification,
+            }
+        )
+        return
+    verified = "agrees with the original" if manifest.verification.get("verified") else "not verified"
+    click.echo(
+        f"{bundle.path}: {megabytes(bundle.bytes)}, {bits:.2f} bits per weight, {verified}, {seconds:.1f} s"
+    )

@@ -1,0 +1,125 @@
+"""Opening what a user names: a checkpoint described in the vocabulary, or a model ready to answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from vlmedge.bundle import Bundle, is_bundle, open_bundle
+from vlmedge.checkpoint import Checkpoint
+from vlmedge.errors import RuntimeFailedError, UsageError
+from vlmedge.families import Family, family_of, known_models
+from vlmedge.progress import Progress
+from vlmedge.prompt import Tokenizer
+from vlmedge.registry import Registry
+from vlmedge.runtimes import RUNTIMES, Memory, Opening
+from vlmedge.skills import Model
+from vlmedge.sources import open_source
+from vlmedge.spec import ModelSpec
+from vlmedge.tensors import Tensor
+
+SourceLike: TypeAlias = "str | os.PathLike[str]"
+
+# Where sources of other kinds than folders and hub ids lie.
+FOLDERS: Registry[Callable[[str], Path]] = Registry("source", {"demo": "vlmedge.demo:demo_folder"})
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A checkpoint, its family, its spec, its tensors by canonical name, and its tokenizer.json."""
+
+    checkpoint: Checkpoint
+    family: Family
+    spec: ModelSpec
+    tensors: Mapping[str, Tensor]
+    tokenizer: bytes
+
+
+def describe(source: SourceLike, *, allow_pickle: bool = False, progress: Progress | None = None) -> Described:
+    """Open a checkpoint and account for every tensor; no weights are read.
+
+    Raises UsageError for a name that is none, CheckpointError, HubError or UnsupportedError for what it names.
+    """
+    progress = progress or Progress()
+    known = {name: (model.repo, model.revision) for name, model in known_models().items()}
+    checkpoint = open_source(
+        os.fspath(source),
+        known,
+        allow_pickle=allow_pickle,
+        quiet=type(progress) is Progress,
+        demo=lambda name: FOLDERS["demo"](name),
+        notice=progress.note,
+    )
+    family = family_of(checkpoint)
+    spec = family.spec(checkpoint)
+    tensors = family.weights(spec).bind(checkpoint.tensors)
+    return Described(checkpoint, family, spec, tensors, family.tokenizer(checkpoint))
+
+
+def load(
+    source: SourceLike,
+    runtime: str | None = None,
+    threads: int | None = None,
+    *,
+    memory: Memory = "fast",
+    dtype: str = "f32",
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Model:
+    """Open a bundle (or a checkpoint: then the original in PyTorch answers) and return a model with its skills.
+
+    `runtime`: a name of `RUNTIMES`, by default the one for the bundle's format. `threads`: by default the
+    physical cores. `memory`: see `runtimes.Opening`. `dtype`: the original's, "f32", "bf16" or "f16".
+    """
+    folder = Path(source)
+    if is_bundle(folder) or (folder.is_dir() and not (folder / "config.json").is_file()):
+        return open_model(open_bundle(folder), runtime, threads, memory=memory)
+    chosen = runtime or _runtime_for("checkpoint")
+    if RUNTIMES[chosen].loads != "checkpoint":
+        raise UsageError(
+            f"the runtime '{chosen}' runs {RUNTIMES[chosen].loads} bundles; {source} is a checkpoint: export it first"
+        )
+    found = describe(source, allow_pickle=allow_pickle, progress=progress)
+    return open_original(found, threads, dtype=dtype, runtime=chosen)
+
+
+def open_original(
+    found: Described, threads: int | None = None, *, dtype: str = "f32", runtime: str = "torch"
+) -> Model:
+    """Open a described checkpoint itself; raises MissingExtraError where PyTorch is not installed."""
+    opening = Opening(found.spec, tensors=found.tensors, threads=threads, dtype=dtype)
+    return Model(found.spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
+
+
+def missing_for(loads: str) -> str | None:
+    """Why a format's bundles cannot be run here (one line, with the remedy), or None."""
+    return RUNTIMES[_runtime_for(loads)].missing()
+
+
+def open_model(
+    bundle: Bundle, runtime: str | None = None, threads: int | None = None, *, memory: Memory = "fast"
+) -> Model:
+    """Open a bundle's model with a runtime that runs its format."""
+    manifest = bundle.manifest
+    chosen = runtime or _runtime_for(manifest.format)
+    entry = RUNTIMES[chosen]
+    if entry.loads != manifest.format:
+        raise UsageError(f"the runtime '{chosen}' runs {entry.loads}, {bundle.path} is a {manifest.format} bundle")
+    missing = entry.missing()
+    if missing is not None:
+        raise RuntimeFailedError(f"{bundle.path} cannot be run here: {missing}")
+    tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
+    opening = Opening(
+        manifest.model, folder=bundle.path, threads=threads, memory=memory, kv_cache=manifest.profile.kv_cache
+    )
+    return Model(manifest.model, entry.open(opening), tokenizer)
+
+
+def _runtime_for(loads: str) -> str:
+    for name in RUNTIMES:
+        if RUNTIMES[name].loads == loads:
+            return name
+    raise UsageError(f"no runtime of this version runs {loads}")

@@ -1,0 +1,196 @@
+"""export(): checkpoint in, verified bundle out. plan(): what export would write, without reading weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, staged, write_manifest
+from vlmedge.errors import VerificationError
+from vlmedge.exporters import EXPORTERS, Encoding, ExportJob, Written
+from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model, open_original
+from vlmedge.manifest import describe_bundle
+from vlmedge.parity.stages import compare
+from vlmedge.parity.vectors import record
+from vlmedge.progress import Progress
+from vlmedge.prompt import Tokenizer
+from vlmedge.quant_profiles import QuantProfile, load_profile
+from vlmedge.quant_profiles import plan as schemes_for
+from vlmedge.runtimes import RUNTIMES
+from vlmedge.skills import Model
+from vlmedge.spec import Shape
+
+SELFTEST = "selftest.json"
+TOKENIZER = "tokenizer.json"
+_OVERHEAD = 1.02  # headers, tokenizer and self-test beside the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an export would write: every canonical tensor with its shape and encoding."""
+
+    source: str
+    format: str
+    profile: str
+    shapes: Mapping[str, Shape]
+    encodings: Mapping[str, Encoding]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(e.bytes for e in self.encodings.values())
+
+
+def plan(source: SourceLike, format: str, profile: str = "q4", *, progress: Progress | None = None) -> Plan:
+    """Compute what `export` would write. Reads configs and headers, no weights."""
+    exporter, rules = EXPORTERS[format], load_profile(profile)
+    found = describe(source, progress=progress)
+    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec))
+    return Plan(os.fspath(source), format, rules.name, found.spec.tensors(), encodings)
+
+
+def export(
+    source: SourceLike,
+    format: str,
+    profile: str = "q4",
+    out: SourceLike | None = None,
+    *,
+    verify: bool = True,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Convert a checkpoint into a bundle and return it.
+
+    `source`: a known model, a hub id with optional @revision, a folder, or `demo:NAME`. `profile`: a shipped
+    name or the path of a .toml. `out`: the bundle's folder, by default `NAME-PROFILE.FORMAT` here; it must not
+    exist, and appears only when everything, verification included, is done.
+    Raises a `VlmedgeError`; VerificationError names the first stage that does not agree with the original.
+    """
+    progress = progress or Progress()
+    exporter, rules = EXPORTERS[format], load_profile(profile)
+    progress.stage("reading the checkpoint's headers")
+    found = describe(source, allow_pickle=allow_pickle, progress=progress)
+    schemes = schemes_for(rules, found.spec)
+    encodings = exporter.encodings(found.spec, schemes)
+    target = Path(out) if out is not None else Path(f"{short_name(found)}-{rules.name}.{format}")
+    with staged(target, int(sum(e.bytes for e in encodings.values()) * _OVERHEAD)) as folder:
+        job = ExportJob(
+            spec=found.spec,
+            tensors=found.tensors,
+            profile=rules,
+            plan=schemes,
+            tokenizer=found.tokenizer,
+            name=short_name(found),
+            out=folder,
+            threads=threads or os.cpu_count() or 1,
+            progress=lambda _, count: progress.advance(count),
+            about=_about(found),
+        )
+        with ThreadPoolExecutor(1) as pool:
+            hashes = pool.submit(_hash_all, found.checkpoint.files)  # beside the work: hashing waits for the disk
+            progress.stage("writing weights", sum(t.size for t in found.tensors.values()))
+            written = exporter.write(job)
+            (folder / TOKENIZER).write_bytes(found.tokenizer)
+            manifest = _manifest(found, rules, format, encodings, written, folder, hashes)
+        manifest = _verified(manifest, found, rules.tolerance, folder, verify, threads, progress)
+        write_manifest(folder, manifest)
+    return open_bundle(target)
+
+
+def short_name(found: Described) -> str:
+    """What the model is called in file names: the known name, the repository's or folder's last part."""
+    label = found.checkpoint.source.label.partition("@")[0].removeprefix("demo:")
+    return Path(os.path.abspath(label)).name or found.family.name
+
+
+def _about(found: Described) -> dict[str, str]:
+    source = found.checkpoint.source
+    licence = next((m.licence for m in found.family.models if m.repo == source.repo), "")
+    facts = {"repo": source.repo, "revision": source.revision, "commit": source.commit, "licence": licence}
+    return {key: value for key, value in facts.items() if value}
+
+
+def _manifest(
+    found: Described,
+    rules: QuantProfile,
+    format: str,
+    encodings: Mapping[str, Encoding],
+    written: tuple[Written, ...],
+    folder: Path,
+    hashes: Future[dict[str, str]],
+) -> Manifest:
+    roles = {entry.path: entry.role for entry in written} | {TOKENIZER: "tokenizer"}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = tuple(pool.map(lambda path: file_entry(folder, path, roles[path]), sorted(roles)))
+    notes = EXPORTERS[format].notes(found.spec, found.tokenizer)
+    return describe_bundle(
+        found, rules, format, encodings, files, _about(found).get("licence", ""), notes, hashes.result(), TOKENIZER
+    )
+
+
+def _verified(
+    manifest: Manifest,
+    found: Described,
+    tolerance: Mapping[str, float],
+    folder: Path,
+    verify: bool,
+    threads: int | None,
+    progress: Progress,
+) -> Manifest:
+    """Open what was written, record its self-test vectors and compare it with the original; both go into the manifest."""
+    write_manifest(folder, manifest)
+    tokenizer = Tokenizer(found.tokenizer)
+    missing = missing_for(manifest.format)
+    progress.stage("recording self-test vectors")
+    if missing is not None:
+        vectors = record(found.spec, tokenizer, None)
+        outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
+    else:
+        with open_model(open_bundle(folder), threads=threads) as model:
+            vectors = record(found.spec, tokenizer, model)
+            outcome = _compared(model, found, tolerance, verify, threads, progress)
+    if outcome.get("reason") and verify:
+        progress.note(f"not verified: {outcome['reason']}")
+    text = json.dumps(vectors, ensure_ascii=False, separators=(",", ":")) + "\n"
+    (folder / SELFTEST).write_text(text, encoding="utf-8")
+    files = (*manifest.files, file_entry(folder, SELFTEST, "selftest"))
+    return replace(manifest, files=files, verification=outcome)
+
+
+def _compared(
+    model: Model, found: Described, tolerance: Mapping[str, float], verify: bool, threads: int | None, progress: Progress
+) -> dict[str, Any]:
+    if not verify:
+        return {"verified": False, "reason": "verification was turned off (--no-verify)"}
+    missing = RUNTIMES["torch"].missing()
+    if missing is not None:
+        return {"verified": False, "reason": missing}
+    progress.stage("comparing with the original")
+    with open_original(found, threads) as original:
+        result = compare(model, original)
+    failing = result.failing(tolerance)
+    if failing is not None:
+        stage = next(s for s in result.stages if s.stage == failing)
+        raise VerificationError(
+            f"the export does not agree with the original at the stage '{failing}': relative RMS {stage.relative_rms:.1e}, "
+            f"at most {tolerance[failing]:.1e} is allowed; nothing was written (--no-verify skips the comparison)"
+        )
+    return {"verified": True, "against": "the original in PyTorch, float32", **result.as_dict(), "tolerance": dict(tolerance)}
+
+
+def _hash_all(paths: tuple[Path, ...]) -> dict[str, str]:
+    out = {}
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(8 << 20):
+                digest.update(block)
+        out[path.name] = digest.hexdigest()
+    return out

@@ -1,0 +1,136 @@
+"""A GGUF bundle as a session: libmtmd's tower, ggml's products, libllama's decoder, with full fidelity."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vlmedge.errors import UnsupportedError
+from vlmedge.runtimes import Memory
+from vlmedge.runtimes.cores import physical_cores
+from vlmedge.runtimes.ggml_file import GgufFile
+from vlmedge.runtimes.ggml_matmul import GgmlMatmuls
+from vlmedge.runtimes.llamacpp_decoder import Decoder, KvType
+from vlmedge.runtimes.llamacpp_heads import Projector, RegionHeads
+from vlmedge.runtimes.llamacpp_native import load_native
+from vlmedge.runtimes.llamacpp_vision import VisionTower
+from vlmedge.session import F32, I32, U8, Grid, Step
+from vlmedge.spec import ModelSpec
+
+_BATCH = 512  # llama.cpp's own piece of a long prompt
+
+
+class LlamaCppSession:
+    """A `Session` over a folder with text.gguf, mmproj.gguf and, where the model has region heads, heads.gguf."""
+
+    runtime = "llamacpp"
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        folder: Path,
+        *,
+        threads: int | None = None,
+        memory: Memory = "fast",
+        kv_type: KvType = "f16",
+    ) -> None:
+        """Open the bundle's files. `threads`: None for the physical cores.
+
+        `memory`: "fast" reads the decoder's weights into the layout that computes fastest; "lean" maps the file.
+        Raises BundleError for a file that is missing, truncated or of another model, RuntimeFailedError where
+        the native library fails.
+        """
+        self._spec, self._memory, self._kv_type = spec, memory, kv_type
+        self._threads = threads or physical_cores()
+        text, mmproj = GgufFile(folder / "text.gguf"), GgufFile(folder / "mmproj.gguf")
+        heads = GgufFile(folder / "heads.gguf") if spec.region or spec.projector.joins_global else None
+        self._native = load_native()
+        with ExitStack() as opened:
+            self._matmuls = GgmlMatmuls(self._native.ggml, self._threads)
+            opened.callback(self._matmuls.close)
+            self._decoder = self._open_decoder(text.path)
+            opened.callback(self._decoder.close)
+            self._tower = VisionTower(self._native, mmproj.path, self._decoder.model, spec.vision, self._threads)
+            opened.callback(self._tower.close)
+            self._projector = Projector(self._matmuls, mmproj, heads, spec)
+            self._region = RegionHeads(self._matmuls, heads, spec.region.activation) if heads and spec.region else None
+            self._text = text
+            self._close = weakref.finalize(self, opened.pop_all().close)
+
+    @property
+    def position(self) -> int:
+        """Positions in the KV cache."""
+        self._check_open()
+        return self._decoder.position
+
+    @property
+    def context(self) -> int:
+        """Positions that the KV cache can hold."""
+        return self._spec.decoder.context
+
+    def vision(self, pixels: U8) -> F32:
+        """uint8 [n, size, size, 3] -> float32 [n, tokens, width], after the tower's last norm."""
+        self._check_open()
+        return self._tower.encode(pixels)
+
+    def project(self, features: F32, tiling: Grid) -> F32:
+        """float32 [crops, tokens, width] -> float32 [image_tokens, decoder width]."""
+        self._check_open()
+        return self._projector.run(features, tiling)
+
+    def embed(self, ids: I32) -> F32:
+        """int32 [n] -> float32 [n, width]; only these rows of the table are dequantized."""
+        self._check_open()
+        return self._matmuls.rows(self._text, "token_embd.weight", ids)
+
+    def forward(
+        self, inputs: F32 | I32, *, bidirectional: bool = False, hidden: bool = False, every: bool = False
+    ) -> Step:
+        """Append positions to the KV cache; see `Session.forward`. Raises ContextError where they do not fit."""
+        self._check_open()
+        return self._decoder.forward(inputs, bidirectional=bidirectional, hidden=hidden, every=every)
+
+    def head(self, name: str, inputs: F32) -> F32:
+        """Run a region head on one vector; raises UnsupportedError for a model without region heads."""
+        self._check_open()
+        if self._region is None:
+            raise UnsupportedError(f"this {self._spec.family} bundle has no region heads")
+        return self._region.run(name, inputs)
+
+    def rewind(self, position: int) -> None:
+        """Forget every position from `position` on."""
+        self._check_open()
+        self._decoder.rewind(position)
+
+    def info(self) -> dict[str, Any]:
+        """Versions, threads, memory mode, and llama.cpp's line about the build and the processor."""
+        return {
+            "llama_cpp_python": self._native.version,
+            "system": self._native.llama.llama_print_system_info().decode(),
+            "threads": self._threads,
+            "memory": self._memory,
+            "kv_cache": self._kv_type,
+        }
+
+    def close(self) -> None:
+        """Free tower, decoder and backend, in that order; may be called again."""
+        self._close()
+
+    def _check_open(self) -> None:
+        if not self._close.alive:  # native code would read freed memory
+            raise ValueError("this session is closed")
+
+    def _open_decoder(self, path: Path) -> Decoder:
+        spec = self._spec
+        whole_picture = -(-(spec.image_tokens + 1) // 64) * 64 if spec.decoder.bidirectional_prefix else 0
+        return Decoder(
+            self._native,
+            path,
+            spec.decoder,
+            threads=self._threads,
+            memory=self._memory,
+            kv_type=self._kv_type,
+            batch=min(spec.decoder.context, max(_BATCH, whole_picture)),
+        )

@@ -1,0 +1,187 @@
+"""How moondream2 recognises its releases by content, refuses what cannot be meant, and finds its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlmedge.checkpoint import Checkpoint, Source, open_folder
+from vlmedge.errors import CheckpointError, HubError, UnsupportedError
+from vlmedge.families import FAMILIES, family_of, known_models
+from vlmedge.families.moondream2 import RELEASES, STARMIE_REPO, release
+from vlmedge.tensors import ArrayTensor
+
+GOLDEN = Path(__file__).parent / "data" / "moondream2" / "tiny-mha"
+FAMILY = FAMILIES["moondream2"]
+CONFIG: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
+
+
+def _checkpoint(config: dict[str, Any], folder: Path = GOLDEN, revision: str = "", dtype: str = "bf16") -> Checkpoint:
+    weight = ArrayTensor(np.zeros((2, 2), np.float32), dtype)
+    return Checkpoint(Source("mine", revision=revision), folder, config, {"w": weight})
+
+
+def _config(**tables: Mapping[str, object]) -> dict[str, Any]:
+    config = deepcopy(CONFIG)
+    for name, values in tables.items():
+        config["config"].setdefault(name, {}).update(values)
+    return config
+
+
+EMPTY = {"model_type": "moondream1", "architectures": ["HfMoondream"], "config": {}}
+
+
+@pytest.mark.parametrize(
+    ("revision", "wanted"),
+    [
+        ("2025-06-21", "2025-06-21"),
+        ("2025-04-14", "2025-04-14"),
+        ("2025-03-27", "2025-04-14"),
+        ("2025-01-09", "2025-01-09"),
+        (known_models()["moondream2"].revision, "2025-06-21"),
+    ],
+)
+def test_the_release_by_its_revision(revision: str, wanted: str):
+    assert release(_checkpoint(EMPTY, revision=revision)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [('answer_id: int = 3\n"long"', "2025-06-21"), ('"long": [1]', "2025-04-14"), ('"short": [1]', "2025-01-09")],
+)
+def test_the_release_by_the_code_beside_it(tmp_path: Path, code: str, wanted: str):
+    (tmp_path / "config.py").write_text(code)
+    assert release(_checkpoint(EMPTY, tmp_path, dtype="f16")) == wanted
+
+
+def test_the_release_by_the_ids_of_the_config():
+    assert release(_checkpoint(CONFIG)) == "2025-06-21"
+    old = _config(tokenizer={"bos_id": 50256, "eos_id": 50256})
+    assert release(_checkpoint(old)) == "2025-04-14"
+    del old["config"]["tokenizer"]["templates"]["caption"]["long"]
+    assert release(_checkpoint(old)) == "2025-01-09"
+
+
+def test_the_release_by_its_dtype(tmp_path: Path):
+    assert release(_checkpoint(EMPTY, tmp_path, dtype="bf16")) == "2025-06-21"
+    with pytest.raises(UnsupportedError, match="name the revision"):
+        release(_checkpoint(EMPTY, tmp_path, dtype="f16"))
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_an_empty_config_is_the_2b_model(name: str):
+    model = FAMILY.spec(_checkpoint(EMPTY, revision=name))
+    assert (model.decoder.layers, model.decoder.width, model.vision.width) == (24, 2048, 1152)
+    assert ("caption/long" in model.prompt.templates) == (name != "2025-01-09")
+    assert ("query/reasoning" in model.prompt.templates) == (name == "2025-06-21")
+    assert model.region is not None
+    assert model.region.size_scale == ("linear" if name == "2025-01-09" else "log2")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "moondream1", "text_config": {}, "architectures": ["Moondream"]},
+        {"model_type": "moondream1", "phi_config": {}},
+        {"architectures": ["Moondream"]},
+    ],
+)
+def test_the_2024_generation_is_refused_by_name(config: dict[str, Any]):
+    with pytest.raises(UnsupportedError, match=r"2024 release.*use vikhyatk/moondream2@2025-06-21") as error:
+        family_of(_checkpoint(config))
+    assert "\n" not in str(error.value)
+
+
+def test_other_models_are_nobodys():
+    with pytest.raises(
+        UnsupportedError, match=r"mine is a 'llava' checkpoint; this version knows the families .*moondream2"
+    ):
+        family_of(_checkpoint({"model_type": "llava"}))
+    assert family_of(_checkpoint(CONFIG)).name == "moondream2"
+
+
+@pytest.mark.parametrize("table", ["text", "region"])
+def test_the_int4_release_is_refused(table: str):
+    with pytest.raises(UnsupportedError, match="int4 release"):
+        FAMILY.spec(_checkpoint(_config(**{table: {"group_size": 128}})))
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"text": {"n_layer": 3}}, "config.text has the unknown key 'n_layer'; did you mean 'n_layers'?"),
+        ({"visoin": {}}, "config has the unknown key 'visoin'; did you mean 'vision'?"),
+        ({"text": {"dim": "128"}}, "config.text.dim must be a whole number, not the text '128'"),
+        ({"text": {"dim": 1 << 40}}, f"config.text.dim is {1 << 40}, outside 1..{1 << 20}"),
+        ({"text": {"vocab_size": -1}}, "config.text.vocab_size is -1, outside"),
+        ({"text": {"n_layers": 1 << 19}}, "more than 1024 layers"),
+        ({"vision": {"enc_n_layers": 5000}}, "more than 1024 layers"),
+        ({"text": {"n_heads": 3}}, "3 heads of 64 do not make dim 128"),
+        ({"text": {"n_kv_heads": 0}}, "config.text.n_kv_heads is 0, outside"),
+        ({"vision": {"enc_n_heads": 5}}, "enc_n_heads 5 does not divide enc_dim 48"),
+        ({"vision": {"crop_size": 377}}, "crop_size must be a multiple of enc_patch_size"),
+        ({"vision": {"overlap_margin": 20}}, "larger than both margins"),
+        ({"region": {"dim": 64}}, "region.dim and text.dim must be equal"),
+        ({"region": {"size_out_dim": 2047}}, "must be even"),
+    ],
+)
+def test_configs_that_cannot_be_meant(tables: dict[str, dict[str, object]], words: str):
+    with pytest.raises(CheckpointError, match=re.escape(words)) as error:
+        FAMILY.spec(_checkpoint(_config(**tables)))
+    assert "\n" not in str(error.value)
+
+
+STALE = json.dumps({"added_tokens": [{"id": 50256, "content": "<|endoftext|>"}]})
+
+
+def test_the_right_tokenizer_is_taken_as_it_is():
+    assert FAMILY.tokenizer(open_folder(GOLDEN)) == (GOLDEN / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("own", [STALE, None, "no JSON", "[]"], ids=["stale", "absent", "damaged", "a list"])
+def test_a_stale_tokenizer_is_replaced(tmp_path: Path, own: str | None):
+    if own is not None:
+        (tmp_path / "tokenizer.json").write_text(own)
+    asked: list[str] = []
+
+    def fetch(repo: str, revision: str, name: str) -> Path:
+        asked.append(repo)
+        return GOLDEN / name
+
+    checkpoint = _checkpoint(EMPTY, tmp_path, "2025-06-21")
+    checkpoint.fetcher = fetch
+    assert FAMILY.tokenizer(checkpoint) == (GOLDEN / "tokenizer.json").read_bytes()
+    assert asked == [STARMIE_REPO]
+
+
+def test_a_stale_tokenizer_without_a_way_to_replace_it(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text(STALE)
+    checkpoint = _checkpoint(EMPTY, tmp_path, "2025-06-21")
+    with pytest.raises(CheckpointError, match=r"stale GPT-2 one.*tokenizer\.json of moondream/starmie-v1"):
+        FAMILY.tokenizer(checkpoint)
+
+    def offline(repo: str, revision: str, name: str) -> Path:
+        raise HubError("no network")
+
+    checkpoint.fetcher = offline
+    with pytest.raises(CheckpointError, match=r"could not be had \(no network\); put that file into the folder"):
+        FAMILY.tokenizer(checkpoint)
+    (tmp_path / "fetched.json").write_text(STALE)
+    checkpoint.fetcher = lambda repo, revision, name: tmp_path / "fetched.json"
+    with pytest.raises(CheckpointError, match="did not give the starmie tokenizer"):
+        FAMILY.tokenizer(checkpoint)
+
+
+def test_older_releases_keep_their_own(tmp_path: Path):
+    checkpoint = _checkpoint(EMPTY, tmp_path, "2025-04-14")
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
+        FAMILY.tokenizer(checkpoint)
+    (tmp_path / "tokenizer.json").write_text(STALE)
+    assert FAMILY.tokenizer(checkpoint) == STALE.encode()
