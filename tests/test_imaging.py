@@ -95,7 +95,9 @@ def test_local_crops_come_back_in_place(tiling):
     rows, columns = tiling
     grid = np.stack(np.meshgrid(np.arange(rows * window + 2), np.arange(columns * window + 2), indexing="ij"), -1)
     local = [
-        grid[r * window : r * window + side, c * window : c * window + side] for r in range(rows) for c in range(columns)
+        grid[r * window : r * window + side, c * window : c * window + side]
+        for r in range(rows)
+        for c in range(columns)
     ]
     features = np.stack(local).reshape(rows * columns, side * side, 2).astype(np.float32)
     stitched = features.reshape(-1, 2)[imaging.stitch_index(SMALL, tiling)]

@@ -22,12 +22,11 @@ ROWS = (
     ("loading",),
     ("exporters", "reference", "contract"),
     ("runtimes",),
-    ("families", "bundle", "quant_profiles", "skills", "drawing"),
-    ("regions", "sources"),
+    ("families", "bundle", "quant_profiles", "skills", "drawing", "sources"),
+    ("regions",),
     ("prompt", "generate", "imaging", "picture", "hub"),
     ("selection", "checkpoint"),
-    ("pickles",),
-    ("tensorfile", "weights", "registry", "schema", "answer", "measure", "progress"),
+    ("pickles", "tensorfile", "weights", "registry", "schema", "answer", "measure", "progress"),
     ("tensors", "records"),
     ("session",),
     ("spec", "errors", "mlprogram"),
@@ -72,7 +71,11 @@ def test_imports_go_down(module, path):
         assert ROW_OF[here] < ROW_OF[target], f"{module} imports {name}"
 
 
-HEAVY = {"gguf": {"exporters.gguf", "runtimes"}, "torch": {"reference", "demo", "pickles"}, "llama_cpp": {"runtimes", "exporters.gguf"}}
+HEAVY = {
+    "gguf": {"exporters.gguf", "runtimes"},
+    "torch": {"reference", "demo", "pickles"},
+    "llama_cpp": {"runtimes", "exporters.gguf"},
+}
 
 
 @pytest.mark.parametrize("package", HEAVY)

@@ -15,12 +15,18 @@ import pytest
 from vlmedge.checkpoint import Checkpoint, Source, open_folder
 from vlmedge.errors import CheckpointError, HubError, UnsupportedError
 from vlmedge.families import FAMILIES, family_of, known_models
-from vlmedge.families.moondream2 import RELEASES, STARMIE_REPO, release
+from vlmedge.families.moondream2 import STARMIE_REPO
+from vlmedge.families.moondream2_config import read_config
+from vlmedge.families.moondream2_releases import RELEASES, release
 from vlmedge.tensors import ArrayTensor
 
 GOLDEN = Path(__file__).parent / "data" / "moondream2" / "tiny-mha"
 FAMILY = FAMILIES["moondream2"]
 CONFIG: dict[str, Any] = json.loads((GOLDEN / "config.json").read_text())
+
+
+def _release(checkpoint: Checkpoint) -> str:
+    return release(checkpoint, read_config(checkpoint.config))
 
 
 def _checkpoint(config: dict[str, Any], folder: Path = GOLDEN, revision: str = "", dtype: str = "bf16") -> Checkpoint:
@@ -49,7 +55,7 @@ EMPTY = {"model_type": "moondream1", "architectures": ["HfMoondream"], "config":
     ],
 )
 def test_the_release_by_its_revision(revision: str, wanted: str):
-    assert release(_checkpoint(EMPTY, revision=revision)) == wanted
+    assert _release(_checkpoint(EMPTY, revision=revision)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -58,21 +64,21 @@ def test_the_release_by_its_revision(revision: str, wanted: str):
 )
 def test_the_release_by_the_code_beside_it(tmp_path: Path, code: str, wanted: str):
     (tmp_path / "config.py").write_text(code)
-    assert release(_checkpoint(EMPTY, tmp_path, dtype="f16")) == wanted
+    assert _release(_checkpoint(EMPTY, tmp_path, dtype="f16")) == wanted
 
 
 def test_the_release_by_the_ids_of_the_config():
-    assert release(_checkpoint(CONFIG)) == "2025-06-21"
+    assert _release(_checkpoint(CONFIG)) == "2025-06-21"
     old = _config(tokenizer={"bos_id": 50256, "eos_id": 50256})
-    assert release(_checkpoint(old)) == "2025-04-14"
+    assert _release(_checkpoint(old)) == "2025-04-14"
     del old["config"]["tokenizer"]["templates"]["caption"]["long"]
-    assert release(_checkpoint(old)) == "2025-01-09"
+    assert _release(_checkpoint(old)) == "2025-01-09"
 
 
 def test_the_release_by_its_dtype(tmp_path: Path):
-    assert release(_checkpoint(EMPTY, tmp_path, dtype="bf16")) == "2025-06-21"
+    assert _release(_checkpoint(EMPTY, tmp_path, dtype="bf16")) == "2025-06-21"
     with pytest.raises(UnsupportedError, match="name the revision"):
-        release(_checkpoint(EMPTY, tmp_path, dtype="f16"))
+        _release(_checkpoint(EMPTY, tmp_path, dtype="f16"))
 
 
 @pytest.mark.parametrize("name", RELEASES)
@@ -121,13 +127,13 @@ def test_the_int4_release_is_refused(table: str):
         ({"text": {"dim": "128"}}, "config.text.dim must be a whole number, not the text '128'"),
         ({"text": {"dim": 1 << 40}}, f"config.text.dim is {1 << 40}, outside 1..{1 << 20}"),
         ({"text": {"vocab_size": -1}}, "config.text.vocab_size is -1, outside"),
-        ({"text": {"n_layers": 1 << 19}}, "more than 1024 layers"),
-        ({"vision": {"enc_n_layers": 5000}}, "more than 1024 layers"),
+        ({"text": {"n_layers": 1 << 19}}, "outside 1..1024"),
+        ({"vision": {"enc_n_layers": 5000}}, "outside 1..1024"),
         ({"text": {"n_heads": 3}}, "3 heads of 64 do not make dim 128"),
         ({"text": {"n_kv_heads": 0}}, "config.text.n_kv_heads is 0, outside"),
         ({"vision": {"enc_n_heads": 5}}, "enc_n_heads 5 does not divide enc_dim 48"),
         ({"vision": {"crop_size": 377}}, "crop_size must be a multiple of enc_patch_size"),
-        ({"vision": {"overlap_margin": 20}}, "larger than both margins"),
+        ({"vision": {"overlap_margin": 20}}, "larger than both overlap margins"),
         ({"region": {"dim": 64}}, "region.dim and text.dim must be equal"),
         ({"region": {"size_out_dim": 2047}}, "must be even"),
     ],
@@ -185,3 +191,34 @@ def test_older_releases_keep_their_own(tmp_path: Path):
         FAMILY.tokenizer(checkpoint)
     (tmp_path / "tokenizer.json").write_text(STALE)
     assert FAMILY.tokenizer(checkpoint) == STALE.encode()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"tokenizer": {"templates": {"query": {"prefix": [1]}}}},
+            "config.tokenizer.templates.query lacks the key 'suffix'",
+        ),
+        ({"tokenizer": []}, "config.tokenizer must be a table"),
+        ({"tokenizer": {"templates": 3}}, "config.tokenizer.templates must be"),
+        ({"tokenizer": {"bos_id": -1}}, "names the token -1"),
+        ({"tokenizer": {"templates": {"caption": {"short": [10**9]}}}}, "names the token 1000000000"),
+        ({"text": {"max_context": 10}}, "max_context is 10, a picture alone takes 730"),
+        ({"vision": {"max_crops": 1048576}}, "outside 1..1024"),
+        ({"vision": {"in_channels": 4}}, "pictures have 3"),
+    ],
+)
+def test_more_configs_that_cannot_be_meant(config: dict[str, Any], words: str):
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        FAMILY.spec(_checkpoint({**EMPTY, "config": config}))
+
+
+def test_architectures_that_are_no_list_belong_to_nobody():
+    assert not FAMILY.matches(_checkpoint({"architectures": 5}))
+
+
+def test_the_release_by_the_commit_behind_a_branch():
+    checkpoint = _checkpoint(EMPTY, revision="main", dtype="f16")
+    checkpoint.source = Source("mine", revision="main", commit=known_models()["moondream2"].revision)
+    assert _release(checkpoint) == "2025-06-21"

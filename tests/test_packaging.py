@@ -18,7 +18,11 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-MAPPED = {"exporters": "vlmedge.exporters", "quant_profiles": "vlmedge.quant_profiles", "device_bench": "vlmedge.device_bench"}
+MAPPED = {
+    "exporters": "vlmedge.exporters",
+    "quant_profiles": "vlmedge.quant_profiles",
+    "device_bench": "vlmedge.device_bench",
+}
 
 
 def packages_on_disk():
@@ -56,7 +60,18 @@ def test_version_is_the_projects():
     assert vlmedge.__version__ == PROJECT["project"]["version"]
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "llama_cpp", "coremltools", "gguf", "tokenizers", "huggingface_hub", "numpy", "rich")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "llama_cpp",
+    "coremltools",
+    "gguf",
+    "tokenizers",
+    "huggingface_hub",
+    "numpy",
+    "rich",
+)
 HELP = f"""
 import sys
 sys.argv = ["vlmedge", "--help"]
@@ -86,7 +101,9 @@ def test_wheel_holds_every_package(tmp_path):
     keep = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "__pycache__", ".*cache", "*.egg-info", "tests")
     shutil.copytree(ROOT, tmp_path / "tree", ignore=keep)
     options = ["--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(tmp_path / "tree")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, str(tmp_path / "tree")], check=True, capture_output=True
+    )
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     for folder, inside in (("src/vlmedge", "vlmedge"), *((f, f"vlmedge/{f}") for f in MAPPED)):
         for path in (ROOT / folder).rglob("*"):

@@ -130,7 +130,9 @@ class Bundle:
             found = file_entry(self.path, entry.path, entry.role)
             for number, (wanted, got) in enumerate(zip(entry.chunks, found.chunks, strict=False)):
                 if wanted != got:
-                    raise BundleError(f"{self.path / entry.path} is damaged in chunk {number} of {CHUNK >> 20} MiB; copy it again")
+                    raise BundleError(
+                        f"{self.path / entry.path} is damaged in chunk {number} of {CHUNK >> 20} MiB; copy it again"
+                    )
             if found != entry:
                 raise BundleError(f"{self.path / entry.path} is not what the manifest describes; copy it again")
 

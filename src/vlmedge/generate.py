@@ -69,9 +69,7 @@ class Conversation:
         self._held = (prefix.key, prefix.length)
         return step
 
-    def ask(
-        self, parts: Sequence[tuple[int, ...] | Embedded], *, hidden: bool = False, every: bool = False
-    ) -> Step:
+    def ask(self, parts: Sequence[tuple[int, ...] | Embedded], *, hidden: bool = False, every: bool = False) -> Step:
         """Append a question behind the prefix (or behind what was appended since) and return its last step."""
         if all(isinstance(p, tuple) for p in parts):
             ids = np.array([i for p in parts if isinstance(p, tuple) for i in p], np.int32)

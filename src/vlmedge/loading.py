@@ -86,9 +86,7 @@ def load(
     return open_original(found, threads, dtype=dtype, runtime=chosen)
 
 
-def open_original(
-    found: Described, threads: int | None = None, *, dtype: str = "f32", runtime: str = "torch"
-) -> Model:
+def open_original(found: Described, threads: int | None = None, *, dtype: str = "f32", runtime: str = "torch") -> Model:
     """Open a described checkpoint itself; raises MissingExtraError where PyTorch is not installed."""
     opening = Opening(found.spec, tensors=found.tensors, threads=threads, dtype=dtype)
     return Model(found.spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))

@@ -85,7 +85,9 @@ def component_entries(spec: ModelSpec, encodings: Mapping[str, Encoding]) -> tup
             types[encoding.type] += encoding.bytes
         stored = sum(types.values())
         files = tuple(sorted({e.file for e in own}))
-        out.append(ComponentEntry(name, files, parameters, stored, _bits(stored, parameters), dict(types.most_common())))
+        out.append(
+            ComponentEntry(name, files, parameters, stored, _bits(stored, parameters), dict(types.most_common()))
+        )
     return tuple(out)
 
 

@@ -165,7 +165,12 @@ def _verified(
 
 
 def _compared(
-    model: Model, found: Described, tolerance: Mapping[str, float], verify: bool, threads: int | None, progress: Progress
+    model: Model,
+    found: Described,
+    tolerance: Mapping[str, float],
+    verify: bool,
+    threads: int | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     if not verify:
         return {"verified": False, "reason": "verification was turned off (--no-verify)"}
@@ -182,7 +187,12 @@ def _compared(
             f"the export does not agree with the original at the stage '{failing}': relative RMS {stage.relative_rms:.1e}, "
             f"at most {tolerance[failing]:.1e} is allowed; nothing was written (--no-verify skips the comparison)"
         )
-    return {"verified": True, "against": "the original in PyTorch, float32", **result.as_dict(), "tolerance": dict(tolerance)}
+    return {
+        "verified": True,
+        "against": "the original in PyTorch, float32",
+        **result.as_dict(),
+        "tolerance": dict(tolerance),
+    }
 
 
 def _hash_all(paths: tuple[Path, ...]) -> dict[str, str]:

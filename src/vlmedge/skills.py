@@ -225,7 +225,9 @@ class Model:
         if any(len(r) not in (2, 4) for r in references):
             raise UsageError("a spatial reference is a point (x, y) or a box (x_min, y_min, x_max, y_max)")
         if reasoning:
-            raise UnsupportedError("reasoning with spatial references does not work in the original either; ask without one")
+            raise UnsupportedError(
+                "reasoning with spatial references does not work in the original either; ask without one"
+            )
 
     def _options(
         self, max_tokens: int | None, temperature: float, seed: int | None, on_token: OnToken | None

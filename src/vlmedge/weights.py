@@ -96,7 +96,7 @@ class WeightMap:
         return target
 
     def _rule(self, name: str) -> tuple[Rule, str]:
-        plain = name.removeprefix(self.prefix).replace("_orig_mod.", "")
+        plain = name.replace("_orig_mod.", "").removeprefix(self.prefix)
         for rule in self.rules:
             layer = rule.match(plain)
             if layer is not None:
@@ -108,7 +108,9 @@ class WeightMap:
         unknown = [t for t in targets if t not in self.expected]
         if unknown:
             raise CheckpointError(f"the checkpoint's config has no place for the tensor {name!r} ({unknown[0]})")
-        if rule.transpose:
+        if targets and tensor.dtype not in ("f32", "f16", "bf16"):
+            raise CheckpointError(f"{name!r} is stored as {tensor.dtype}; weights must be f32, f16 or bf16")
+        if rule.transpose and len(tensor.shape) == 2:
             tensor = Transposed(tensor)
         shapes = [self.expected[t] for t in targets]
         if len(targets) == 1:

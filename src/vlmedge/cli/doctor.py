@@ -26,7 +26,11 @@ def command(as_json: bool) -> None:
 
     packages = [(name, _version(name), "" if _version(name) else "pip install vlmedge") for name in BASE]
     packages += [
-        (f"{package} (extra {extra})", _version(package), "" if _version(package) else f"pip install 'vlmedge[{extra}]'")
+        (
+            f"{package} (extra {extra})",
+            _version(package),
+            "" if _version(package) else f"pip install 'vlmedge[{extra}]'",
+        )
         for extra, package in EXTRAS.items()
     ]
     uses = [(f"run {RUNTIMES[name].loads} ({name})", RUNTIMES[name].missing() or "") for name in RUNTIMES]
@@ -55,7 +59,9 @@ def command(as_json: bool) -> None:
         print_table("", ("package", "version", "to install"), [(n, v or "-", todo) for n, v, todo in packages])
         print_table("", ("use", "works", "what to do"), [(n, "no" if p else "yes", p) for n, p in uses])
     if broken:
-        raise VlmedgeError(f"the base install is incomplete: {', '.join(broken)} missing; pip install --force-reinstall vlmedge")
+        raise VlmedgeError(
+            f"the base install is incomplete: {', '.join(broken)} missing; pip install --force-reinstall vlmedge"
+        )
 
 
 def _export_problem(name: str) -> str:

@@ -74,6 +74,4 @@ def command(
         )
         return
     verified = "agrees with the original" if manifest.verification.get("verified") else "not verified"
-    click.echo(
-        f"{bundle.path}: {megabytes(bundle.bytes)}, {bits:.2f} bits per weight, {verified}, {seconds:.1f} s"
-    )
+    click.echo(f"{bundle.path}: {megabytes(bundle.bytes)}, {bits:.2f} bits per weight, {verified}, {seconds:.1f} s")

@@ -39,12 +39,24 @@ def command(bundle: str, check: bool, as_json: bool) -> None:
     for key, value in lines.items():
         click.echo(f"{key:10} {value}")
     rows = [
-        (c.name, f"{c.parameters:,}", f"{c.bytes:,}", f"{c.bits_per_weight:.2f}", ", ".join(c.types), ", ".join(c.files))
+        (
+            c.name,
+            f"{c.parameters:,}",
+            f"{c.bytes:,}",
+            f"{c.bits_per_weight:.2f}",
+            ", ".join(c.types),
+            ", ".join(c.files),
+        )
         for c in m.components
     ]
     columns = ("component", "weights", "bytes", "bits each", "types", "files")
     print_table("", columns, rows, right=("weights", "bytes", "bits each"))
-    print_table("", ("file", "role", "bytes", "sha256"), [(f.path, f.role, f"{f.bytes:,}", f.sha256) for f in m.files], ("bytes",))
+    print_table(
+        "",
+        ("file", "role", "bytes", "sha256"),
+        [(f.path, f.role, f"{f.bytes:,}", f.sha256) for f in m.files],
+        ("bytes",),
+    )
     for note in (*m.notes, m.stock):
         click.echo(f"- {note}")
 

@@ -14,8 +14,14 @@ def command(as_json: bool) -> None:
     from vlmedge.demo import demo_names
     from vlmedge.families import FAMILIES
 
-    rows = [(m.name, family.name, m.repo, m.revision, m.licence, m.summary) for family in FAMILIES.values() for m in family.models]
-    rows += [(f"demo:{name}", name, "shipped", "", "Apache-2.0", "tiny, trained by vlmedge itself") for name in demo_names()]
+    rows = [
+        (m.name, family.name, m.repo, m.revision, m.licence, m.summary)
+        for family in FAMILIES.values()
+        for m in family.models
+    ]
+    rows += [
+        (f"demo:{name}", name, "shipped", "", "Apache-2.0", "tiny, trained by vlmedge itself") for name in demo_names()
+    ]
     if as_json:
         keys = ("name", "family", "repo", "revision", "licence", "summary")
         print_json({"models": [dict(zip(keys, row, strict=True)) for row in rows]})

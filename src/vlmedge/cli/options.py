@@ -24,9 +24,9 @@ def profile_options(function: F) -> F:
     for name in reversed(profile_names()):
         flag = click.option(f"--{name.replace('_', '-')}", f"profile_{name}", is_flag=True, help=f"Profile {name}.")
         function = flag(function)
-    return click.option("--quant", metavar="NAME|FILE.toml", help=f"A quantization profile [default: {DEFAULT_PROFILE}].")(
-        function
-    )
+    return click.option(
+        "--quant", metavar="NAME|FILE.toml", help=f"A quantization profile [default: {DEFAULT_PROFILE}]."
+    )(function)
 
 
 def chosen_profile(quant: str | None, flags: dict[str, Any]) -> str:

@@ -17,4 +17,6 @@ def command(as_json: bool) -> None:
         data = [{"name": p.name, "summary": p.summary, "rules": len(p.rules), "kv_cache": p.kv_cache} for p in found]
         print_json({"profiles": data})
         return
-    print_table("", ("profile", "rules", "what it is"), [(p.name, str(len(p.rules)), p.summary) for p in found], ("rules",))
+    print_table(
+        "", ("profile", "rules", "what it is"), [(p.name, str(len(p.rules)), p.summary) for p in found], ("rules",)
+    )

@@ -26,11 +26,15 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option("--object", "thing", metavar="NAME", help="What to detect or point at.")
 @click.option("--length", default="normal", show_default=True, metavar="short|normal|long", help="Of a caption.")
 @click.option("--reasoning", is_flag=True, help="Think before answering, where the release can.")
-@click.option("--ref", "refs", multiple=True, metavar="X,Y[,X2,Y2]", help="A point or box (0..1) the question is about.")
+@click.option(
+    "--ref", "refs", multiple=True, metavar="X,Y[,X2,Y2]", help="A point or box (0..1) the question is about."
+)
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
 @click.option("--memory", type=click.Choice(("fast", "lean")), default="fast", show_default=True)
-@click.option("--dtype", type=click.Choice(("f32", "bf16", "f16")), default="f32", show_default=True, help="Of the original.")
+@click.option(
+    "--dtype", type=click.Choice(("f32", "bf16", "f16")), default="f32", show_default=True, help="Of the original."
+)
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T")
 @click.option("--seed", type=int, metavar="S")
@@ -66,9 +70,7 @@ def command(
     skill = request["skill"] or ("query" if question else "caption")
     with shown(quiet or as_json) as progress:
         progress.stage(f"opening {source}")
-        model = load(
-            source, runtime, threads, memory=memory, dtype=dtype, allow_pickle=allow_pickle, progress=progress
-        )
+        model = load(source, runtime, threads, memory=memory, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
     with model:
         answer = _ask(model, skill, pictures, question, request)
     if draw is not None:

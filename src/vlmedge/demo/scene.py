@@ -81,6 +81,17 @@ class Thing:
         row, column = ("top", "", "bottom")[int(y * 3)], ("left", "", "right")[int(x * 3)]
         return f"{row} {column}".strip() or "center"
 
+    def holds(self, x: float, y: float) -> bool:
+        """Tell whether a point in pixels lies on the shape."""
+        if self.kind == "circle":
+            return math.hypot(x - self.x, y - self.y) <= self.radius
+        corners = _outline(self.kind, self.x, self.y, self.radius, self.angle)
+        inside = False
+        for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+            if (ay > y) != (by > y) and x < ax + (y - ay) / (by - ay) * (bx - ax):
+                inside = not inside
+        return inside
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:

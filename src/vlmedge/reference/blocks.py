@@ -255,6 +255,6 @@ class Region(nn.Module):
 
 
 def fourier(x: Tensor, frequencies: Tensor) -> Tensor:
-    """cos and sin of 2 pi x frequencies, joined."""
+    """Cos and sin of 2 pi x frequencies, joined."""
     f = 2 * torch.pi * x @ frequencies
     return torch.cat([f.cos(), f.sin()], dim=-1)

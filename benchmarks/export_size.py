@@ -1,0 +1,290 @@
+"""Export at real size: wall time and memory of a 2B checkpoint to q4, beside llama.cpp's two-step way in the same run.
+
+    python benchmarks/export_size.py --work /tmp/size --convert LLAMA_CPP/convert_hf_to_gguf.py
+
+Weights are random, seeded, made block by block on disk. llama.cpp's way: its converter makes an f16 GGUF of a
+phi-2-shaped checkpoint with as many weights (it has no converter for moondream2), then `llama_model_quantize` makes
+Q4_K_M of it with as many threads. Without --convert, the converter's step is a plain loop over `gguf.GGUFWriter`.
+The converter needs transformers and sentencepiece. Every timed step is a process of its own, after a sync of the
+disk. The last line on stdout is JSON; `ratio` compares what both do (weights to quantized files), `ratio_export`
+counts our whole command with hashes and self-test too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlmedge.checkpoint import Checkpoint, Source, open_folder
+from vlmedge.exporters import EXPORTERS, ExportJob
+from vlmedge.families import FAMILIES
+from vlmedge.quant_profiles import load_profile, plan
+
+BLOCK = 4 << 20  # values made at a time
+FAMILY = FAMILIES["moondream2"]
+
+
+def main() -> None:
+    """Make both checkpoints, time both ways, print the numbers."""
+    options = _options()
+    if options.step:
+        _step(options)
+        return
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    ours, theirs = work / "moondream2", work / "phi-2"
+    weights = make_moondream(ours, options.layers, options.seed)
+    same = make_phi(theirs, ours, weights, options.seed)
+    result: dict[str, Any] = {"weights": weights, "weights_two_step": same, "threads": options.threads}
+    result |= {"profile": options.profile, "converter": "script" if options.convert else "plain loop"}
+    for step in ("exporter", "export", "convert", "quantize"):
+        _say(f"timing: {step}")
+        result[step] = _timed(options, step)
+    two_steps = result["convert"]["seconds"] + result["quantize"]["seconds"]
+    result["ratio"] = round(result["exporter"]["seconds"] / two_steps, 3)
+    result["ratio_export"] = round(result["export"]["seconds"] / two_steps, 3)
+    _say(f"one pass {result['exporter']['seconds']:.1f} s, two steps {two_steps:.1f} s, ratio {result['ratio']}")
+    _say(f"peak RSS {result['exporter']['peak_rss_mb']:.0f} MB (whole export {result['export']['peak_rss_mb']:.0f} MB)")
+    if not options.keep:
+        shutil.rmtree(work)
+    print(json.dumps(result))
+
+
+def make_moondream(folder: Path, layers: int, seed: int) -> int:
+    """Write a checkpoint of moondream2's shape under upstream's names; return its number of weights."""
+    sizes = {} if layers == 0 else {"text": {"n_layers": layers}, "vision": {"enc_n_layers": layers}}
+    config = {"model_type": "moondream1", "architectures": ["HfMoondream"], "config": sizes}
+    table = FAMILY.weights(FAMILY.spec(Checkpoint(Source("random"), folder, config, {})))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in table.expected.items():
+        source = table.source_of(name)
+        rows = shapes[source][0] if source in shapes else 0
+        shapes[source] = (rows + shape[0], *shape[1:])
+    return _write(folder, config, shapes, seed)
+
+
+def make_phi(folder: Path, like: Path, weights: int, seed: int) -> int:
+    """Write a phi-2-shaped checkpoint of about `weights` weights, with moondream2's widths; return its number."""
+    width, inner, vocab = 2048, 8192, 51200
+    layer = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width), "self_attn.v_proj": (width, width)}
+    layer |= {"self_attn.dense": (width, width), "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    each = sum(rows * columns + rows for rows, columns in layer.values()) + 2 * width
+    layers = max(1, round((weights - 2 * vocab * width) / each))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width)}
+    for i in range(layers):
+        for name, shape in layer.items():
+            shapes |= {f"model.layers.{i}.{name}.weight": shape, f"model.layers.{i}.{name}.bias": shape[:1]}
+        at = f"model.layers.{i}.input_layernorm"
+        shapes |= {f"{at}.weight": (width,), f"{at}.bias": (width,)}
+    shapes |= {"model.final_layernorm.weight": (width,), "model.final_layernorm.bias": (width,)}
+    shapes |= {"lm_head.weight": (vocab, width), "lm_head.bias": (vocab,)}
+    config = {
+        "architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_size": width, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": vocab,
+        "max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000.0,
+        "hidden_act": "gelu_new", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    count = _write(folder, config, shapes, seed)
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    return count
+
+
+def _write(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], seed: int) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    rng = np.random.default_rng(seed)
+    _say(f"writing {folder} ({offset / 1e9:.2f} GB)")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape in shapes.items():
+            for block in _values(rng, name, int(np.prod(shape)), len(shape)):
+                file.write((block.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return offset // 2
+
+
+def _values(rng: np.random.Generator, name: str, count: int, axes: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Matrices are normal; norms are ones; biases are small."""
+    for start in range(0, count, BLOCK):
+        n = min(BLOCK, count - start)
+        if axes == 1 and name.endswith("weight"):
+            yield np.ones(n, np.float32)
+        else:
+            yield rng.standard_normal(n, np.float32) * np.float32(0.02)
+
+
+def _tokenizer() -> dict[str, Any]:
+    """A byte-level BPE of about 51000 tokens: every pair of bytes until it is full."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    specials = ["<|endoftext|>", *(f"<|md_reserved_{i}|>" for i in range(15))]
+    vocab = {token: i for i, token in enumerate([*specials, *letters])}
+    merges = []
+    for a in letters:
+        for b in letters:
+            if len(vocab) < 51000:
+                vocab[a + b] = len(vocab)
+                merges.append(f"{a} {b}")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": token, "special": True, **flags} for i, token in enumerate(specials)]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model}
+
+
+def _timed(options: argparse.Namespace, step: str) -> dict[str, float]:
+    """Run one step in a process of its own; return its seconds, its peak RSS and the bytes that it left."""
+    os.sync()
+    command = [sys.executable, __file__, *sys.argv[1:], "--step", step]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise SystemExit(f"the step {step} failed")
+    result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def _step(options: argparse.Namespace) -> None:
+    work: Path = options.work
+    out = work / f"{options.step}.out"
+    shutil.rmtree(out, ignore_errors=True)
+    start = time.perf_counter()
+    if options.step == "exporter":
+        _exporter(work / "moondream2", out, options)
+    elif options.step == "export":
+        import vlmedge
+
+        vlmedge.export(work / "moondream2", "gguf", options.profile, out, verify=False, threads=options.threads)
+    elif options.step == "convert":
+        out.mkdir()
+        _convert(work / "phi-2", out / "f16.gguf", options.convert)
+    else:
+        out.mkdir()
+        _quantize(work / "convert.out" / "f16.gguf", out / "q4_k_m.gguf", options.threads)
+    seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    who = resource.RUSAGE_CHILDREN if options.step == "convert" and options.convert else resource.RUSAGE_SELF
+    peak = resource.getrusage(who).ru_maxrss * unit
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(json.dumps({"seconds": round(seconds, 2), "peak_rss_mb": round(peak / 1e6, 1), "bytes": size}))
+
+
+def _exporter(source: Path, out: Path, options: argparse.Namespace) -> None:
+    checkpoint = open_folder(source)
+    spec = FAMILY.spec(checkpoint)
+    tensors, profile = FAMILY.weights(spec).bind(checkpoint.tensors), load_profile(options.profile)
+    out.mkdir()
+    job = ExportJob(
+        spec, tensors, profile, plan(profile, spec), FAMILY.tokenizer(checkpoint), "random", out, options.threads
+    )
+    EXPORTERS["gguf"].write(job)
+
+
+# Random tokenizers have no known hash; what the script asks of them afterwards is the name alone.
+_SCRIPT = """
+import runpy, sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+sys.argv = sys.argv[1:]
+sys.path.insert(1, str(Path(sys.argv[0]).parent / "gguf-py"))
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def _convert(source: Path, out: Path, script: Path | None) -> None:
+    if script is not None:
+        command = [sys.executable, "-c", _SCRIPT, script, source, "--outfile", out, "--outtype", "f16"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        return
+    _plain_convert(source, out)
+
+
+def _plain_convert(source: Path, out: Path) -> None:
+    """Do what the converter does, with nothing around it: read, cast to f16, write."""
+    import gguf
+
+    from vlmedge.exporters.gguf.vocabulary import read_vocabulary
+
+    checkpoint = open_folder(source)
+    config = checkpoint.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI2, config["num_hidden_layers"])
+    vocabulary = read_vocabulary((source / "tokenizer.json").read_bytes(), config["vocab_size"])
+    writer = gguf.GGUFWriter(out, "phi2")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_rope_dimension_count(32)
+    writer.add_file_type(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_token_merges(vocabulary.merges)
+    kinds = {name: np.float32 if len(t.shape) == 1 else np.float16 for name, t in checkpoint.tensors.items()}
+    for name, tensor in checkpoint.tensors.items():
+        size = tensor.size * np.dtype(kinds[name]).itemsize
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        writer.add_tensor_info(target, tensor.shape, np.dtype(kinds[name]), size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in checkpoint.tensors.items():
+        writer.write_tensor_data(tensor.read().astype(kinds[name]))
+    writer.close()
+
+
+def _quantize(source: Path, out: Path, threads: int) -> None:
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    parameters.nthread = threads
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), parameters):
+        raise SystemExit("llama_model_quantize failed")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and exports, about 15 GB")
+    parser.add_argument("--convert", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
+    parser.add_argument("--layers", type=int, default=0, help="layers of tower and decoder; 0: the real number")
+    parser.add_argument("--profile", default="q4")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="leave the work folder")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
