@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlmedge.errors import BundleError, OutputError
 from vlmedge.records import decode, encode
@@ -52,7 +52,7 @@ class ProfileEntry:
     digest: str
     parameters: int
     bits_per_weight: float
-    kv_cache: str
+    kv_cache: Literal["f32", "f16"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,8 @@ def generate(
     (grounded reasoning feeds coordinates); steps then carry the hidden state, and a text cut by `max_tokens` has
     its last token in the cache too, because an answer follows it there.
     """
-    session, ids, step = conversation.session, [], first
+    session, step = conversation.session, first
+    ids: list[int] = []
     banned_ids = list(banned)
     while True:
         if ids and banned_ids:

@@ -18,7 +18,7 @@ from vlmedge.picture import PictureLike
 from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, TextStream, Tokenizer, TokenRun
 from vlmedge.regions import RegionDecoder
 from vlmedge.session import F32, Session, Step
-from vlmedge.spec import ModelSpec
+from vlmedge.spec import Ids, ModelSpec
 
 OnToken = Callable[[str], None]
 _KEPT_PICTURES = 4
@@ -126,7 +126,7 @@ class Model:
         parts: list[tuple[int, ...] | Embedded] = []
         if images:
             start = prompt.template(self.spec.prompt, next(iter(self.spec.prompt.templates)))
-            parts += [p.ids for p in start[:1] if isinstance(p, prompt.Ids)]
+            parts += [p.ids for p in start[:1] if isinstance(p, Ids)]
         for image in images:
             crops = imaging.crop(picture.load_picture(image), self.spec.image)
             out["pixels"] = imaging.normalise(crops.pixels, self.spec.image)

@@ -36,7 +36,7 @@ def demo_picture(name: str) -> Path:
 def demo_answers() -> list[dict[str, Any]]:
     """What is known about the shipped pictures.
 
-    One entry a picture: `picture` (file name), `crops` (grid of local crops), `tasks`, each with `kind`, `skill`,
+    One entry a picture: `picture` (file name), `size` (width, height), `tasks`, each with `kind`, `skill`,
     `text` (question, object or caption length) and `answers` (accepted texts, the expected one first), `boxes`
     (x_min, y_min, x_max, y_max) or `points` (x, y) in 0..1.
     """

@@ -96,7 +96,7 @@ class Score:
         }  # fmt: skip
 
 
-def test_scenes(count: int, first: int = 0) -> list[Scene]:
+def unseen(count: int, first: int = 0) -> list[Scene]:
     """The pictures that accuracy is reported on."""
     return [scene(TEST, first + i) for i in range(count)]
 

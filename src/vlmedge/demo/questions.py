@@ -96,7 +96,8 @@ def _count_kind(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def _count(kind: str, text: str, count: int) -> Question:
-    return Question(kind, "query", text, (str(count), NUMBERS[count].lower()))
+    words = ("zero", "none") if count == 0 else (NUMBERS[count].lower(),)
+    return Question(kind, "query", text, (str(count), *words))
 
 
 def _present_or_not(rng: np.random.Generator, present: list[str], options: tuple[str, ...]) -> str:

@@ -17,7 +17,8 @@ def pattern(height: int, width: int) -> U8:
     """The picture of `FORMULA`: RGB uint8 [height, width, 3], gradients of all frequencies and hard edges."""
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     base = ((3 * x * x + 5 * y * y + 7 * x * y) >> 6) + 64 * (((x >> 4) ^ (y >> 4)) & 1)
-    return ((base[:, :, None] + 85 * np.arange(3)) % 256).astype(np.uint8)
+    picture: U8 = ((base[:, :, None] + 85 * np.arange(3)) % 256).astype(np.uint8)
+    return picture
 
 
 def sizes(spec: ImageSpec) -> tuple[tuple[int, int], ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ class TorchSession:
         image = self._spec.image
         mean, std = (torch.tensor(v, device=self._device).view(3, 1, 1) for v in (image.mean, image.std))
         out = []
-        for part in torch.from_numpy(np.ascontiguousarray(pixels)).split(_CROPS_AT_ONCE):
+        for start in range(0, len(pixels), _CROPS_AT_ONCE):
+            part = torch.from_numpy(np.ascontiguousarray(pixels[start : start + _CROPS_AT_ONCE]))
             x = part.permute(0, 3, 1, 2).to(self._device, self._dtype).contiguous()
             x = x.div_(255.0).sub_(mean.to(self._dtype)).div_(std.to(self._dtype))
             out.append(self._model.vision(x).float().cpu())
@@ -97,7 +98,7 @@ class TorchSession:
         if np.issubdtype(inputs.dtype, np.integer):
             x = decoder.embed(torch.from_numpy(inputs.astype(np.int64)).to(self._device))
         else:
-            x = self._tensor(inputs)
+            x = self._tensor(np.asarray(inputs, np.float32))
         mask = None
         if not bidirectional and n > 1 and start > 0:
             mask = torch.ones(n, start + n, dtype=torch.bool, device=self._device).tril_(start)
@@ -111,7 +112,7 @@ class TorchSession:
         region = self._model.region
         assert region is not None
         x = self._tensor(np.atleast_1d(inputs))
-        run = {
+        run: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             "coord_encoder": region.encode_coordinate,
             "size_encoder": region.encode_size,
             "coord_decoder": region.coord_decoder,
