@@ -157,9 +157,11 @@ def _timed(options: argparse.Namespace, step: str) -> dict[str, float]:
     """Run one step in a process of its own; return its seconds, its peak RSS and the bytes that it left."""
     os.sync()
     command = [sys.executable, __file__, *sys.argv[1:], "--step", step]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    log = options.work / f"{step}.log"
+    with log.open("w") as file:
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True)
     if run.returncode:
-        raise SystemExit(f"the step {step} failed")
+        raise SystemExit(f"the step {step} failed: {log.read_text()[-2000:]}")
     result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return result
 

@@ -21,6 +21,15 @@ from vlmedge.reference.session import TorchSession
 PLAN = Plan(steps=4, pictures=2, length=160, warmup=1, check_pictures=2, save_seconds=0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other crawl beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), PLAN)

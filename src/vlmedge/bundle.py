@@ -107,7 +107,7 @@ class Manifest:
     skills: tuple[str, ...]
     requires: dict[str, str]
     memory: MemoryEntry
-    stock: str
+    stock: tuple[str, ...]
     verification: dict[str, Any]
     notes: tuple[str, ...] = ()
 

@@ -65,7 +65,7 @@ def describe_bundle(
         skills=skills(spec.prompt),
         requires=dict(notes.get("requires") or {}),
         memory=memory_entry(spec.decoder, components, profile.kv_cache),
-        stock=str(notes.get("stock", "")),
+        stock=tuple(notes.get("stock") or ()),
         verification={"verified": False, "reason": "the export is not finished"},
         notes=tuple(notes.get("notes") or ()),
     )

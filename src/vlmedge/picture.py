@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,27 +29,16 @@ def load_picture(source: PictureLike) -> U8:
     if isinstance(source, np.ndarray):
         return _array(source)
     if isinstance(source, Pillow.Image):
-        return _rgb(source, "the picture")
-    path = Path(source)
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 megapixels on and refuses from twice that; between the two a picture is fine.
-            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)
-            with Pillow.open(path) as image:
-                return _rgb(image, str(path))
-    except FileNotFoundError:
-        raise ImageError(f"there is no picture {path}") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder, not a picture") from None
-    except PermissionError:
-        raise ImageError(f"{path} may not be read (permission denied)") from None
-    except Pillow.DecompressionBombError as error:
-        raise ImageError(f"{path} is refused as a decompression bomb: {error}") from None
-    except UnidentifiedImageError:
-        empty = path.stat().st_size == 0
-        raise ImageError(f"{path} is {'empty' if empty else 'no picture that Pillow can read'}") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{path} cannot be decoded: {error}") from None
+        with _decoding("the picture"):
+            return _rgb(source, "the picture")
+    with _opened(Path(source)) as image:
+        return _rgb(image, str(source))
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Raise the ImageError that a look at the file's first bytes can tell; pixels are not decoded."""
+    with _opened(Path(path)):
+        return
 
 
 def digest(picture: U8) -> str:
@@ -55,16 +46,52 @@ def digest(picture: U8) -> str:
     return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Pillow.Image]:
+    with _decoding(str(path)):
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ImageError(f"{path} is {'a folder' if path.is_dir() else 'a device or pipe'}, not a picture")
+        try:
+            image = Pillow.open(path)
+        except UnidentifiedImageError:
+            empty = path.stat().st_size == 0
+            raise ImageError(f"{path} is {'empty' if empty else 'no picture that Pillow can read'}") from None
+        with image:
+            yield image
+
+
+@contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    """Turn what Pillow raises into one line; what it only warns of (a bomb half as large, odd EXIF) is let pass."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FileNotFoundError:
+        raise ImageError(f"there is no picture {what}") from None
+    except PermissionError:
+        raise ImageError(f"{what} may not be read (permission denied)") from None
+    except Pillow.DecompressionBombError as error:
+        raise ImageError(f"{what} is refused as a decompression bomb: {error}") from None
+    except (OSError, SyntaxError, ValueError, OverflowError, EOFError) as error:
+        raise ImageError(f"{what} cannot be decoded: {error}") from None
+
+
 def _rgb(image: Pillow.Image, what: str) -> U8:
     if image.width * image.height == 0:
         raise ImageError(f"{what} has no pixels")
     if image.mode.startswith("I;16") or image.mode == "I":
-        wide = np.asarray(image).astype(np.int64)
-        narrow = np.clip(wide >> 8, 0, 255).astype(np.uint8)
-        return np.ascontiguousarray(np.repeat(narrow[:, :, None], 3, axis=2))
+        return _upper_bits(np.asarray(image).astype(np.int64), what)
     if image.mode == "F":
         raise ImageError(f"{what} has floating-point pixels, whose range is not defined; save it with 8 or 16 bits")
     return np.array(image.convert("RGB"))
+
+
+def _upper_bits(wide: np.ndarray[tuple[int, ...], np.dtype[np.int64]], what: str) -> U8:
+    """16-bit grey [h, w] -> RGB; old versions of Pillow open a 16-bit PNG in the mode of 32-bit pictures."""
+    if wide.min() < 0 or wide.max() > 0xFFFF:
+        raise ImageError(f"{what} has 32-bit pixels, whose range is not defined; save it with 8 or 16 bits")
+    return np.repeat((wide >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def _array(source: U8) -> U8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -102,7 +103,9 @@ def render(
         if isinstance(part, Ids):
             _extend(out, part.ids)
         elif isinstance(part, Text):
-            _extend(out, tokenizer.encode(part.text.replace("{question}", question).replace("{object}", thing)))
+            given = {"{question}": question, "{object}": thing}
+            # One pass: what a user writes is never taken for a place to fill.
+            _extend(out, tokenizer.encode(re.sub("|".join(given), lambda found: given[found[0]], part.text)))
         elif isinstance(part, Image):
             out += [PictureSpan(index) for index in range(pictures)]
         elif isinstance(part, References):

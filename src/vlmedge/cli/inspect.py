@@ -57,7 +57,7 @@ def command(bundle: str, check: bool, as_json: bool) -> None:
         [(f.path, f.role, f"{f.bytes:,}", f.sha256) for f in m.files],
         ("bytes",),
     )
-    for note in (*m.notes, m.stock):
+    for note in (*m.notes, *m.stock):
         click.echo(f"- {note}")
 
 

@@ -114,59 +114,67 @@ class Trainer:
             total = found.total(self.plan.dense * (1 - progress))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        self.team.average(self._parameters())
-        torch.nn.utils.clip_grad_norm_(self._parameters(), 1.0)
+        self.team.average(self.parameters())
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         self.seconds = self.team.agree(self.seconds + time.monotonic() - started)
         return found
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The model's and the auxiliary head's."""
         return [*self.model.parameters(), *self.dense.parameters()]
 
     def _groups(self) -> list[dict[str, object]]:
-        matrices = [p for p in self._parameters() if p.ndim > 1]
-        vectors = [p for p in self._parameters() if p.ndim <= 1]
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim <= 1]
         return [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def train(folder: Path, plan: Plan, workers: int = 1) -> None:
+def train(folder: Path, plan: Plan, workers: int = 1) -> Trainer:
     """Train to the end of the plan in `workers` processes of one thread each, saving on the way.
 
     Processes that meet once a step slow down gently where other programs want the cores; threads, which meet
     after every operation, become ten times slower.
     """
     if workers == 1:
-        work(0, folder, plan, Team(0, 1))
-        return
-    team = Team.of(workers, sum(p.numel() for p in Trainer(folder, plan)._parameters()))
-    processes.spawn(_work, (folder, plan, team), workers)  # type: ignore[no-untyped-call]
+        return work(0, folder, plan, Team(0, 1))
+    numbers = sum(p.numel() for p in Trainer(folder, plan).parameters())
+    processes.spawn(_join, (folder, plan, Team.of(workers, numbers)), workers)  # type: ignore[no-untyped-call]
+    return Trainer(folder, plan)
 
 
-def _work(rank: int, folder: Path, plan: Plan, team: Team) -> None:
+def _join(rank: int, folder: Path, plan: Plan, team: Team) -> None:
+    keep_memory()
+    torch.set_num_threads(1)
+    _show_progress(logging.INFO if rank == 0 else logging.ERROR)
     work(rank, folder, plan, team.as_rank(rank))
 
 
-def work(rank: int, folder: Path, plan: Plan, team: Team) -> None:
-    """What one process does."""
-    keep_memory()
-    torch.set_num_threads(1 if team.size > 1 else torch.get_num_threads())
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+def work(rank: int, folder: Path, plan: Plan, team: Team) -> Trainer:
+    """What one process does; the first one saves, checks and tells."""
     trainer = Trainer(folder, plan, team)
     _log.info("step %d of %d, %.1f minutes so far", trainer.step, plan.steps, trainer.seconds / 60)
     saved = time.monotonic()
     while trainer.progress < 1.0:
         found = trainer.learn()
-        if rank == 0 and trainer.step % 25 == 0:
+        if rank != 0:
+            continue
+        if trainer.step % 25 == 0:
             _log.info("%s", _line(trainer, found))
-        if rank == 0 and trainer.step % plan.check_every == 0:
+        if trainer.step % plan.check_every == 0:
             _log.info("%s", check(trainer))
-        if rank == 0 and time.monotonic() - saved > plan.save_seconds:
+        if time.monotonic() - saved > plan.save_seconds:
             trainer.save()
             saved = time.monotonic()
     if rank == 0:
         trainer.save()
         _log.info("done: %s", check(trainer))
+    return trainer
+
+
+def _show_progress(level: int) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 @torch.no_grad()
@@ -218,6 +226,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=defaults.rate)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     given = parser.parse_args()
+    keep_memory()
+    _show_progress(logging.INFO)
     train(given.out, Plan(given.steps, given.minutes, given.seed, rate=given.rate), given.workers)
 
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from vlmedge import imaging, picture, prompt
-from vlmedge.answer import Answer, Box, Grounding, Point, Reasoning
+from vlmedge.answer import Answer
 from vlmedge.errors import UnsupportedError, UsageError
-from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
-from vlmedge.measure import Clock, peak_rss_mb
+from vlmedge.generate import Conversation, Embedded, Prefix, Sampler
+from vlmedge.measure import Clock
 from vlmedge.picture import PictureLike
-from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, TextStream, Tokenizer, TokenRun
+from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, Tokenizer, TokenRun
 from vlmedge.regions import RegionDecoder
-from vlmedge.session import F32, Session, Step
+from vlmedge.session import F32, Session
+from vlmedge.skills.request import OnToken, Options, Request
 from vlmedge.spec import Ids, ModelSpec
 
-OnToken = Callable[[str], None]
 _KEPT_PICTURES = 4
 
 
@@ -104,7 +104,7 @@ class Model:
         """Where the person whose eye is at (x, y) looks: one point, or none where the model sees no target."""
         self._sampling_options(options)
         request = self._begin("gaze", "gaze", [image], eye=eye)
-        return request.regions(sizes=False, most=1)
+        return request.regions(self._region(), sizes=False, most=1)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
         """Answer the last of `messages`: {"role": "user", "content": text or a list of pictures and text}.
@@ -152,7 +152,7 @@ class Model:
         thing: str = "",
         references: Sequence[Reference] = (),
         eye: tuple[float, float] | None = None,
-    ) -> _Request:
+    ) -> Request:
         clock = Clock()
         segments = prompt.render(
             self.spec.prompt,
@@ -172,7 +172,8 @@ class Model:
         with clock.stage("prefill"):
             self._conversation.begin(prefix)
         rest = [self._part(s, encoded) for s in segments[cut:]]
-        return _Request(self, skill, clock, rest, counts, sum(crops for _, crops in encoded))
+        crops = sum(count for _, count in encoded)
+        return Request(self.spec, self.tokenizer, self._conversation, skill, clock, rest, *counts, crops)
 
     def _picture(self, image: PictureLike, clock: Clock) -> tuple[Embedded, int]:
         with clock.stage("preprocess"):
@@ -213,7 +214,7 @@ class Model:
     def _regions(self, name: str, image: PictureLike, thing: str, most: int | None, options: dict[str, Any]) -> Answer:
         self._sampling_options(options)
         request = self._begin(name, name, [image], thing=thing)
-        return request.regions(sizes=name == "detect", most=most or self.spec.prompt.max_objects)
+        return request.regions(self._region(), sizes=name == "detect", most=most or self.spec.prompt.max_objects)
 
     def _check_references(self, references: Sequence[Reference], image: object, reasoning: bool) -> None:
         if not references:
@@ -231,146 +232,19 @@ class Model:
 
     def _options(
         self, max_tokens: int | None, temperature: float, seed: int | None, on_token: OnToken | None
-    ) -> _Options:
+    ) -> Options:
         if temperature < 0:
             raise UsageError(f"temperature must be 0 or more, not {temperature}")
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
         sampler = Sampler(temperature, self.spec.prompt.top_p, seed)
-        return _Options(max_tokens or self.spec.prompt.max_tokens, sampler, on_token)
+        return Options(max_tokens or self.spec.prompt.max_tokens, sampler, on_token)
 
     @staticmethod
     def _sampling_options(options: Mapping[str, Any]) -> None:
         for name in options:
             if name not in ("max_tokens", "temperature", "seed", "on_token"):
                 raise TypeError(f"unexpected option '{name}'")
-
-
-class _Options:
-    """How to sample."""
-
-    __slots__ = ("max_tokens", "on_token", "sampler")
-
-    def __init__(self, max_tokens: int, sampler: Sampler, on_token: OnToken | None) -> None:
-        self.max_tokens, self.sampler, self.on_token = max_tokens, sampler, on_token
-
-
-class _Request:
-    """One request whose picture is in the KV cache: what remains is the prompt and the answer."""
-
-    def __init__(
-        self,
-        model: Model,
-        skill: str,
-        clock: Clock,
-        rest: Sequence[tuple[int, ...] | Embedded],
-        counts: tuple[int, int],
-        crops: int,
-    ) -> None:
-        self._model, self._skill, self._clock, self._rest = model, skill, clock, rest
-        self._counts, self._crops = counts, crops
-
-    def answer(self, options: _Options, reasoning: bool = False) -> Answer:
-        """Generate text, after thoughts where asked for."""
-        model, rules = self._model, self._model.spec.prompt
-        with self._clock.stage("prompt"):
-            step = model._conversation.ask(self._rest, hidden=reasoning)
-        thoughts = None
-        if reasoning:
-            assert rules.reasoning is not None, "a reasoning template comes with its rules"
-            thoughts = self._think(step, options)
-            model._conversation.check(model.session.position + len(rules.reasoning.answer), "the reasoning")
-            step = model._conversation.ask([rules.reasoning.answer])
-        stream = TextStream(model.tokenizer)
-
-        def token_done(token: int) -> None:
-            self._clock.mark("first_token")
-            if options.on_token is not None:
-                options.on_token(stream.push(token))
-
-        with self._clock.stage("decode"):
-            out = generate(
-                model._conversation,
-                step,
-                stop=rules.stop,
-                banned=rules.banned,
-                max_tokens=options.max_tokens,
-                sampler=options.sampler,
-                on_token=token_done,
-            )
-        if options.on_token is not None:
-            options.on_token(stream.finish())
-        text = model.tokenizer.decode([t for t in out.ids if t not in rules.stop])
-        return self._finish(text=text, tokens=out.ids, finish=out.finish, reasoning=thoughts)
-
-    def _think(self, step: Step, options: _Options) -> Reasoning:
-        """Grounded reasoning: coordinate tokens feed back the coordinate that the hidden state holds."""
-        model, rules = self._model, self._model.spec.prompt.reasoning
-        assert rules is not None
-        region = model._region()
-        chunks: list[tuple[list[int], list[float]]] = [([], [])]
-
-        def feed(token: int, current: Step) -> tuple[int, ...] | Embedded:
-            if token in rules.chunk_starts:
-                chunks.append(([], []))
-            chunks[-1][0].append(token)
-            if token != rules.coordinate:
-                return (token,)
-            chunks[-1][1].append(region.coordinate(current))
-            return region.encoded(chunks[-1][1][-1])
-
-        with self._clock.stage("reasoning"):
-            out = generate(
-                model._conversation,
-                step,
-                stop=(rules.stop,),
-                banned=rules.banned,
-                max_tokens=options.max_tokens,
-                sampler=options.sampler,
-                feed=feed,
-            )
-        text, grounding = "", []
-        for ids, values in chunks:
-            piece = model.tokenizer.decode(ids)
-            points = tuple(Point(x, y) for x, y in zip(values[::2], values[1::2], strict=False))
-            if points:
-                grounding.append(Grounding(len(text), len(text) + len(piece), points))
-            text += piece
-        return Reasoning(text, out.ids, tuple(grounding))
-
-    def regions(self, *, sizes: bool, most: int) -> Answer:
-        """Collect boxes or points."""
-        model, rules = self._model, self._model.spec.prompt
-        region = model._region()
-        with self._clock.stage("prompt"):
-            step = model._conversation.ask(self._rest, hidden=True)
-        tokens, boxes, points = [], [], []
-        with self._clock.stage("decode"):
-            for token, found in region.objects(step, stop=rules.stop, sizes=sizes, most=most):
-                self._clock.mark("first_token")
-                tokens.append(token)
-                if isinstance(found, Box):
-                    boxes.append(found)
-                elif isinstance(found, Point):
-                    points.append(found)
-        ended = bool(tokens) and tokens[-1] in rules.stop
-        return self._finish(
-            tokens=tuple(tokens), boxes=tuple(boxes), points=tuple(points), finish="stop" if ended else "length"
-        )
-
-    def _finish(self, **fields: Any) -> Answer:
-        self._clock.mark("total")
-        text, image = self._counts
-        return Answer(
-            skill=self._skill,
-            prompt_tokens=text,
-            image_tokens=image,
-            crops=self._crops,
-            runtime=self._model.session.runtime,
-            timings_ms=self._clock.rounded(),
-            peak_rss_mb=peak_rss_mb(),
-            **fields,
-        )
 
 
 def _positions(segments: Sequence[Segment], image_tokens: int) -> tuple[int, int]:
