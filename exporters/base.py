@@ -71,6 +71,9 @@ class Exporter(Protocol):
 
     format: str
 
+    def missing(self) -> str | None:
+        """Why this format cannot be written here (one line, with the remedy), or None."""
+
     def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.
 

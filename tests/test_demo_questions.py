@@ -24,7 +24,9 @@ def test_answers_follow_from_the_scene(content):
     for q in questions(content):
         words = q.text.rstrip("?").split()
         if q.kind.startswith("count"):
-            phrase = " ".join(singular(w) if w not in COLORS else w for w in words[2 : words.index("are" if "are" in words else "do")])
+            phrase = " ".join(
+                singular(w) if w not in COLORS else w for w in words[2 : words.index("are" if "are" in words else "do")]
+            )
             count = sum(fits(t, phrase) for t in content.things)
             assert q.answers[0] == str(count)
         elif q.kind == "exist":

@@ -1,5 +1,6 @@
 """Made-up pictures: the same every time, unambiguous, and drawn as described."""
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def test_most_pictures_are_one_crop_and_a_part_several():
 def test_a_person_can_tell_places_and_order():
     for s in SCENES:
         centers = [t.box.center for t in s.things]
-        assert all(b[0] - a[0] >= 0.05 for a, b in zip(centers, centers[1:], strict=False))
+        assert all(b[0] - a[0] >= 0.05 for a, b in itertools.pairwise(centers))
         for x, y in centers:
             assert min(abs(v - line) for v in (x, y) for line in (1 / 3, 2 / 3)) >= 0.035
 
@@ -57,7 +58,10 @@ def test_each_shape_is_where_its_box_says_in_its_color(index):
         assert thing.holds(x + 0.5, y + 0.5)
         # Colours and noise are drawn in order, so leaving a thing out repaints later ones: look near this one only.
         left, top = int(box.x_min * content.width) - 6, int(box.y_min * content.height) - 6
-        near = (slice(max(0, top), int(box.y_max * content.height) + 7), slice(max(0, left), int(box.x_max * content.width) + 7))
+        near = (
+            slice(max(0, top), int(box.y_max * content.height) + 7),
+            slice(max(0, left), int(box.x_max * content.width) + 7),
+        )
         changed = np.abs(picture - draw(others).astype(int)).max(2)[near] > 40
         rows, columns = np.nonzero(changed)
         assert abs(rows.min() + max(0, top) - box.y_min * content.height) < 2.5

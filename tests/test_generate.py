@@ -103,7 +103,7 @@ class TestPrefix:
 
 
 def test_context_error_gives_the_numbers():
-    with pytest.raises(ContextError, match="the prompt takes 64 positions .* the model's context is 64"):
+    with pytest.raises(ContextError, match=r"the prompt takes 64 positions .* the model's context is 64"):
         Conversation(FakeSession(), True).check(64, "the prompt")
 
 

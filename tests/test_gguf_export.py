@@ -25,7 +25,6 @@ from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.exporters.gguf.vocabulary import CONTROL, NORMAL, UNUSED, read_vocabulary
 from vlmedge.families import family_of
 from vlmedge.quant_profiles import Scheme, load_profile, plan, profile_names
-from vlmedge.reference.session import TorchSession
 from vlmedge.session import F32
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import ArrayTensor, Tensor
@@ -424,11 +423,13 @@ def test_stock_llama_cpp_answers(model: Model, tmp_path: Path, profile: str, cha
     """Its own chat handlers load text.gguf and mmproj.gguf; a picture of one crop is embedded as by the original."""
     pixels = np.random.default_rng(5).integers(0, 256, (378, 378, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
-    arguments = [sys.executable, "-c", STOCK, model.export(profile), tmp_path / "picture.png", chat]
-    run = subprocess.run(arguments, capture_output=True, text=True)
+    arguments = map(str, (model.export(profile), tmp_path / "picture.png", chat))
+    run = subprocess.run([sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1])["prompt_tokens"] > 730  # BOS, the picture, the question
     got = np.load(model.export(profile) / "rows.npy").reshape(729, 128)
+    from vlmedge.reference.session import TorchSession
+
     original = TorchSession(model.spec, model.tensors)
     want = original.project(original.vision(np.stack([pixels, pixels])), (1, 1))
     assert np.linalg.norm(got - want) <= STOCK_ERROR[profile] * np.linalg.norm(want)

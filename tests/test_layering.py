@@ -26,7 +26,7 @@ ROWS = (
     ("regions",),
     ("prompt", "generate", "imaging", "picture", "hub"),
     ("selection", "checkpoint"),
-    ("pickles", "tensorfile", "weights", "registry", "schema", "answer", "measure", "progress"),
+    ("pickles", "tensorfile", "weights", "registry", "schema", "answer", "measure", "progress", "staging"),
     ("tensors", "records"),
     ("session",),
     ("spec", "errors", "mlprogram"),

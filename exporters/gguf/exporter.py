@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from vlmedge.errors import OutputError
+from vlmedge.errors import OutputError, RuntimeFailedError
 from vlmedge.exporters.base import Encoding, ExportJob, Written
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.exporters.gguf.heads import heads_metadata
@@ -29,6 +29,14 @@ class GgufExporter:
     """Writes text.gguf, mmproj.gguf and, where there is something to put into it, heads.gguf."""
 
     format = "gguf"
+
+    def missing(self) -> str | None:
+        """Why this format cannot be written here, or None: all but f32 and f16 need ggml's quantizer."""
+        try:
+            quantizer.load(quantizer.library_path())
+        except RuntimeFailedError as error:
+            return str(error)
+        return None
 
     def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.

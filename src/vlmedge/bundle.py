@@ -1,23 +1,20 @@
-"""A bundle: a folder with model files and `vlmedge.json`, written so that it is whole or absent."""
+"""A bundle: a folder with model files and `vlmedge.json`, which describes and proves them."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, Literal
 
-from vlmedge.errors import BundleError, OutputError
+from vlmedge.errors import BundleError
 from vlmedge.records import decode, encode
+from vlmedge.schema import json_schema
 from vlmedge.spec import ModelSpec
 
-SCHEMA = "vlmedge.bundle/1"
+SCHEMA: Final = "vlmedge.bundle/1"
 MANIFEST = "vlmedge.json"
 CHUNK = 8 << 20
 
@@ -92,7 +89,7 @@ class TokenizerEntry:
 class Manifest:
     """The content of `vlmedge.json`."""
 
-    schema: str
+    schema: Literal["vlmedge.bundle/1"]
     producer: dict[str, str]
     model: ModelSpec
     format: str
@@ -127,14 +124,16 @@ class Bundle:
     def check(self) -> None:
         """Compare every file with its hash; raises BundleError for the first that differs."""
         for entry in self.manifest.files:
-            found = file_entry(self.path, entry.path, entry.role)
+            file = self.path / entry.path
+            try:
+                found = file_entry(self.path, entry.path, entry.role)
+            except OSError as error:
+                raise BundleError(f"{file} cannot be read: {error.strerror}") from None
             for number, (wanted, got) in enumerate(zip(entry.chunks, found.chunks, strict=False)):
                 if wanted != got:
-                    raise BundleError(
-                        f"{self.path / entry.path} is damaged in chunk {number} of {CHUNK >> 20} MiB; copy it again"
-                    )
+                    raise BundleError(f"{file} is damaged in chunk {number} of {CHUNK >> 20} MiB; copy it again")
             if found != entry:
-                raise BundleError(f"{self.path / entry.path} is not what the manifest describes; copy it again")
+                raise BundleError(f"{file} is not what the manifest describes; copy it again")
 
 
 def is_bundle(path: Path) -> bool:
@@ -145,25 +144,51 @@ def is_bundle(path: Path) -> bool:
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle: the manifest is read and every file's presence and size are checked (hashes: `Bundle.check`)."""
     folder = Path(path)
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise BundleError(f"{folder / MANIFEST} is damaged: {error}") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise BundleError(f"{folder} has the schema {found!r}, this version reads {SCHEMA!r}; export it again")
+    data = _manifest_data(folder)
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        newer = isinstance(found, str) and found.startswith(SCHEMA.rpartition("/")[0] + "/")
+        todo = "pip install --upgrade vlmedge" if newer else "export it again"
+        raise BundleError(f"{folder} has the schema {str(found)[:40]!r}, this version reads {SCHEMA!r}; {todo}")
     manifest = decode(Manifest, data, MANIFEST, BundleError)
+    _check_names(manifest)
     for entry in manifest.files:
         file = folder / entry.path
-        if Path(entry.path).is_absolute() or ".." in Path(entry.path).parts:
-            raise BundleError(f"the manifest names {entry.path!r}, which is outside the bundle")
         if not file.is_file():
             raise BundleError(f"{folder} lacks {entry.path}; copy the bundle again")
         if file.stat().st_size != entry.bytes:
             raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {entry.bytes}; copy it again")
     return Bundle(folder, manifest)
+
+
+def schema_text() -> str:
+    """The JSON schema of `vlmedge.json`, as it ships in `bundle.schema.json`."""
+    return json.dumps(json_schema(Manifest, SCHEMA), indent=1) + "\n"
+
+
+def _manifest_data(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"it has no {MANIFEST}" if folder.exists() else "there is no such folder"
+        raise BundleError(f"{folder} is not a bundle: {what}") from None
+    except OSError as error:
+        raise BundleError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error}") from None
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Every name is a plain relative path, listed once, and nothing refers to a file that is not listed."""
+    names = [entry.path for entry in manifest.files]
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
+            raise BundleError(f"the manifest names {name!r}, which is outside the bundle; do not use it")
+    wanted = [manifest.tokenizer.file, *(f for c in manifest.components for f in c.files)]
+    wrong = [n for n in names if names.count(n) > 1] + [n for n in wanted if n not in names]
+    if wrong:
+        raise BundleError(f"the manifest must list {wrong[0]!r} exactly once among its files; export it again")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -181,49 +206,3 @@ def file_entry(folder: Path, name: str, role: str) -> FileEntry:
             chunks.append(hashlib.sha256(block).hexdigest())
             size += len(block)
     return FileEntry(name, role, size, whole.hexdigest(), tuple(chunks))
-
-
-@contextmanager
-def staged(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden sibling folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    Raises OutputError where `out` exists, its parent cannot be written, or the disk has less than `needed` bytes.
-    """
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out} exists; remove it or choose another --out")
-    part = out.parent / f".{out.name}.partial"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # what a killed export left behind
-        part.mkdir()
-        free = shutil.disk_usage(part).free
-        if free < needed:
-            raise OutputError(f"{out.parent} has {free / 1e6:,.0f} MB free, the export needs {needed / 1e6:,.0f} MB")
-        yield part
-        for file in sorted(part.rglob("*")):
-            _sync(file)
-        part.rename(out)
-        _sync(out.parent)
-    except OSError as error:
-        raise _output_error(out, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _output_error(out: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk of {out.parent} is full; free some space or choose another --out")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"{out.parent} cannot be written: {os.strerror(error.errno)}; choose another --out")
-    return OutputError(f"{out} cannot be written: {error}")
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that the rename never outlives the data."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,11 @@ from typing import Any
 from vlmedge.spec import ImageSpec, ModelSpec
 
 _SUPPORT = {"lanczos": 3.0, "bicubic": 2.0}
+_KERNEL = {
+    "lanczos": "sinc(x) * sinc(x / 3) for -3 <= x < 3, else 0; sinc(x) = sin(pi * x) / (pi * x), sinc(0) = 1",
+    "bicubic": "with a = -0.5 and x = |x|: ((a + 2) * x - (a + 3)) * x * x + 1 for x < 1, "
+    "(((x - 5) * x + 8) * x - 4) * a for x < 2, else 0",
+}
 
 
 def image_contract(spec: ImageSpec) -> dict[str, Any]:
@@ -26,12 +31,15 @@ def image_contract(spec: ImageSpec) -> dict[str, Any]:
         "resize": {
             "filter": spec.resample,
             "support": _SUPPORT[spec.resample],
+            "kernel": _KERNEL[spec.resample],
             "order": ["width", "height"],
-            "antialias": "the filter is stretched by the scale when shrinking",
-            "precision": "weights in float64, normalised to sum 1, times 2^22, rounded half away from zero; int32 sums "
-            "from 2^21, shifted by 22, clamped to 8 bits after each pass; a side that keeps its length is skipped",
-            "window": "from int(c - s + 0.5) to int(c + s + 0.5), clamped, with c = (i + 0.5) * scale and "
-            "s = support * max(scale, 1)",
+            "passes": "one per axis, each from 8 bits to 8 bits; an axis that keeps its length is skipped",
+            "window": "output i of an axis of n inputs and m outputs: scale = n / m, stretch = max(scale, 1), "
+            "c = (i + 0.5) * scale, inputs from max(int(c - support * stretch + 0.5), 0) up to and without "
+            "min(int(c + support * stretch + 0.5), n), int truncating towards zero",
+            "weights": "input j: kernel((j - c + 0.5) * (1 / stretch)) in float64, divided by the window's sum, times "
+            "2^22, 0.5 added (subtracted where negative) and truncated towards zero to int32",
+            "sum": "2^21 + the int32 sum of weight * value, shifted right by 22 (rounding down), clamped to 0..255",
         },
         "tiling": {
             "kind": "overlap_crops",
@@ -49,13 +57,15 @@ def image_contract(spec: ImageSpec) -> dict[str, Any]:
             "floor(m / the smaller), rows where they are equal",
             "canvas": f"the picture resized to (rows * {window} + {2 * margin}) x (columns * {window} + {2 * margin})",
             "crops": f"crop 0: the picture resized to {spec.size} x {spec.size}; then, row by row, {spec.size} x "
-            f"{spec.size} of the canvas at (row * {window}, column * {window})",
+            f"{spec.size} of the canvas at (row * {window}, column * {window}); for (1, 1) both are the same",
         },
         "stitching": {
             "grid": f"rows * {window // spec.patch_size} + {2 * spec.tiling.margin} by columns likewise, in patches",
+            "place": f"the first patch of local crop (row, column) lies at (row * {window // spec.patch_size}, "
+            f"column * {window // spec.patch_size}) of the grid",
             "rule": f"a local crop fills its inner {window // spec.patch_size} x {window // spec.patch_size} patches, "
             "and its margin too on the picture's border",
-            "pooling": f"adaptive average to {spec.size // spec.patch_size} x {spec.size // spec.patch_size}: window i of n "
+            "pooling": f"adaptive average to {spec.size // spec.patch_size} cells a side (g): window i of n "
             "cells is [floor(i * n / g), ceil((i + 1) * n / g))",
             "join": "per patch: [features of crop 0 | pooled features of the local crops]",
         },

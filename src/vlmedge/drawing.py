@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def draw(picture: U8, boxes: Sequence[Box], points: Sequence[Point], label: str)
     width = max(2, round(min(image.size) / 150))
     font = ImageFont.load_default(size=max(12, round(min(image.size) / 30)))
     names = _names(label, len(boxes) + len(points), font)
-    for name, box in zip(names, boxes, strict=False):
+    for box in boxes:
         _frame(canvas, _corners(box, image.size), width)
     for point in points:
         _dot(canvas, _place(point, image.size), 3 * width, max(1, width // 2))
@@ -74,8 +75,8 @@ def _format(path: Path) -> str:
 
 
 def _names(label: str, count: int, font: Font) -> list[str]:
-    """One label each; text that the font has no letters for is left out, the numbers remain."""
-    text = " ".join(label.split())
+    """One label each; accents go, text that the font has no letters for is left out, the numbers remain."""
+    text = " ".join("".join(c for c in unicodedata.normalize("NFKD", label) if not unicodedata.combining(c)).split())
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
     text = text if _has_letters(font, text) else ""
     return [f"{text} {number}".strip() if count > 1 or not text else text for number in range(1, count + 1)]
@@ -114,9 +115,7 @@ def _dot(canvas: ImageDraw.ImageDraw, at: tuple[int, int], radius: int, edge: in
     canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=LINE)
 
 
-def _tag(
-    canvas: ImageDraw.ImageDraw, at: tuple[float, float], text: str, font: Font, size: tuple[int, int]
-) -> None:
+def _tag(canvas: ImageDraw.ImageDraw, at: tuple[float, float], text: str, font: Font, size: tuple[int, int]) -> None:
     """A label above the place, moved inside where it would leave the picture."""
     left, top, right, bottom = (round(v) for v in canvas.textbbox((0, 0), text, font=font))
     wide, high = right - left + 2 * _PAD, bottom - top + 2 * _PAD

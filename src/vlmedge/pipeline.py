@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, staged, write_manifest
+from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
 from vlmedge.errors import VerificationError
 from vlmedge.exporters import EXPORTERS, Encoding, ExportJob, Written
 from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model, open_original
 from vlmedge.manifest import describe_bundle
 from vlmedge.parity.stages import compare
+from vlmedge.parity.trace import Trace, trace
 from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 from vlmedge.quant_profiles import QuantProfile, load_profile
 from vlmedge.quant_profiles import plan as schemes_for
 from vlmedge.runtimes import RUNTIMES
-from vlmedge.skills import Model
 from vlmedge.spec import Shape
+from vlmedge.staging import staged
 
 SELFTEST = "selftest.json"
 TOKENIZER = "tokenizer.json"
@@ -47,10 +50,17 @@ class Plan:
         return sum(e.bytes for e in self.encodings.values())
 
 
-def plan(source: SourceLike, format: str, profile: str = "q4", *, progress: Progress | None = None) -> Plan:
+def plan(
+    source: SourceLike,
+    format: str,
+    profile: str = "q4",
+    *,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
     """Compute what `export` would write. Reads configs and headers, no weights."""
     exporter, rules = EXPORTERS[format], load_profile(profile)
-    found = describe(source, progress=progress)
+    found = describe(source, allow_pickle=allow_pickle, progress=progress)
     encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec))
     return Plan(os.fspath(source), format, rules.name, found.spec.tensors(), encodings)
 
@@ -93,8 +103,7 @@ def export(
             progress=lambda _, count: progress.advance(count),
             about=_about(found),
         )
-        with ThreadPoolExecutor(1) as pool:
-            hashes = pool.submit(_hash_all, found.checkpoint.files)  # beside the work: hashing waits for the disk
+        with _hashing(found.checkpoint.files) as hashes:  # beside the work: hashing waits for the disk
             progress.stage("writing weights", sum(t.size for t in found.tensors.values()))
             written = exporter.write(job)
             (folder / TOKENIZER).write_bytes(found.tokenizer)
@@ -144,19 +153,22 @@ def _verified(
     threads: int | None,
     progress: Progress,
 ) -> Manifest:
-    """Open what was written, record its self-test vectors and compare it with the original; both go into the manifest."""
+    """Open what was written, record its self-test vectors, compare it with the original; both into the manifest."""
     write_manifest(folder, manifest)
     tokenizer = Tokenizer(found.tokenizer)
     missing = missing_for(manifest.format)
-    progress.stage("recording self-test vectors")
     if missing is not None:
-        vectors = record(found.spec, tokenizer, None)
+        vectors = record(found.spec, tokenizer, None, None)
         outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
     else:
+        progress.stage("recording self-test vectors")
         with open_model(open_bundle(folder), threads=threads) as model:
-            vectors = record(found.spec, tokenizer, model)
-            outcome = _compared(model, found, tolerance, verify, threads, progress)
-    if outcome.get("reason") and verify:
+            ours = trace(model)
+            vectors = record(found.spec, tokenizer, model, ours)
+        outcome = _compared(ours, found, tolerance, threads, progress) if verify else {}
+    if not verify:
+        outcome = {"verified": False, "reason": "verification was turned off (--no-verify)"}
+    elif not outcome["verified"]:
         progress.note(f"not verified: {outcome['reason']}")
     text = json.dumps(vectors, ensure_ascii=False, separators=(",", ":")) + "\n"
     (folder / SELFTEST).write_text(text, encoding="utf-8")
@@ -165,42 +177,43 @@ def _verified(
 
 
 def _compared(
-    model: Model,
-    found: Described,
-    tolerance: Mapping[str, float],
-    verify: bool,
-    threads: int | None,
-    progress: Progress,
+    ours: Trace, found: Described, tolerance: Mapping[str, float], threads: int | None, progress: Progress
 ) -> dict[str, Any]:
-    if not verify:
-        return {"verified": False, "reason": "verification was turned off (--no-verify)"}
     missing = RUNTIMES["torch"].missing()
     if missing is not None:
         return {"verified": False, "reason": missing}
     progress.stage("comparing with the original")
     with open_original(found, threads) as original:
-        result = compare(model, original)
+        result = compare(ours, trace(original))
     failing = result.failing(tolerance)
     if failing is not None:
-        stage = next(s for s in result.stages if s.stage == failing)
         raise VerificationError(
-            f"the export does not agree with the original at the stage '{failing}': relative RMS {stage.relative_rms:.1e}, "
-            f"at most {tolerance[failing]:.1e} is allowed; nothing was written (--no-verify skips the comparison)"
+            f"the export does not agree with the original at the stage '{failing.stage}': relative RMS "
+            f"{failing.relative_rms:.1e}, at most {tolerance[failing.stage]:.1e} is allowed; nothing was written "
+            "(--no-verify skips the comparison)"
         )
-    return {
-        "verified": True,
-        "against": "the original in PyTorch, float32",
-        **result.as_dict(),
-        "tolerance": dict(tolerance),
-    }
+    against = "the original in PyTorch, float32"
+    return {"verified": True, "against": against, **result.as_dict(), "tolerance": dict(tolerance)}
 
 
-def _hash_all(paths: tuple[Path, ...]) -> dict[str, str]:
+@contextmanager
+def _hashing(paths: tuple[Path, ...]) -> Iterator[Future[dict[str, str]]]:
+    """Hash files in a thread for the length of the block; a block that fails (Ctrl-C) does not wait for it."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(_hash_all, paths, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _hash_all(paths: tuple[Path, ...], stop: threading.Event) -> dict[str, str]:
     out = {}
     for path in paths:
         digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(8 << 20):
+            while not stop.is_set() and (block := file.read(8 << 20)):
                 digest.update(block)
         out[path.name] = digest.hexdigest()
     return out

@@ -103,9 +103,7 @@ def render(
         if isinstance(part, Ids):
             _extend(out, part.ids)
         elif isinstance(part, Text):
-            given = {"{question}": question, "{object}": thing}
-            # One pass: what a user writes is never taken for a place to fill.
-            _extend(out, tokenizer.encode(re.sub("|".join(given), lambda found: given[found[0]], part.text)))
+            _extend(out, tokenizer.encode(_filled(part.text, {"{question}": question, "{object}": thing})))
         elif isinstance(part, Image):
             out += [PictureSpan(index) for index in range(pictures)]
         elif isinstance(part, References):
@@ -116,6 +114,11 @@ def render(
         else:
             assert_never(part)
     return out
+
+
+def _filled(text: str, given: dict[str, str]) -> str:
+    """Fill the places in one pass, so that what a user writes is never taken for a place."""
+    return re.sub("|".join(given), lambda found: given[found[0]], text)
 
 
 def _extend(out: list[Segment], ids: Sequence[int]) -> None:

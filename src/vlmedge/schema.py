@@ -17,6 +17,7 @@ def json_schema(cls: type, title: str) -> dict[str, Any]:
     reference = _schema(cls, definitions)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:{title.replace('/', ':')}",
         "title": title,
         **reference,
         "$defs": dict(sorted(definitions.items())),
@@ -54,6 +55,7 @@ def _record(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls)
         fields = {f.name: _schema(hints[f.name], definitions) for f in dataclasses.fields(cls)}
         definitions[name] = {
+            "description": " ".join((cls.__doc__ or "").split()),
             "type": "object",
             "properties": {"kind": {"const": name}, **fields},
             "required": ["kind", *fields],

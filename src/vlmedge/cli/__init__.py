@@ -54,13 +54,17 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line; every expected failure is one line on stderr and exit code 1, wrong usage 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        result = group.main(arguments, prog_name="vlmedge", standalone_mode=False)
+        result = group.main(arguments or ["--help"], prog_name="vlmedge", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except VlmedgeError as error:
         _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        more = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
+        _fail(f"{error.format_message()}{more}", 2)
     except click.ClickException as error:
-        _fail(error.format_message(), 2)
+        _fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind", 130)
     except BrokenPipeError:

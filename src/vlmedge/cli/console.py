@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from vlmedge.errors import nearest
 from vlmedge.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +30,21 @@ def threads_option(function: F) -> F:
     return click.option("--threads", type=click.IntRange(1, 1024), help="Default: the physical cores.")(function)
 
 
+class OneOf(click.ParamType):
+    """One of a few words; for any other the nearest is suggested."""
+
+    name = "word"
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check the word."""
+        if value not in self.words:
+            self.fail(f"unknown word '{value}'{nearest(str(value), self.words)}", param, ctx)
+        return value
+
+
 def print_json(data: Any) -> None:
     """Print one JSON object."""
     click.echo(json.dumps(data, ensure_ascii=False))
@@ -39,12 +55,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    # Text, not str: rich reads brackets in a str as markup, and names out of files may hold some.
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     console = Console()
     # Piped output is for other programs: lines are not folded at an imagined width of 80.
     Console(width=None if console.is_terminal else 200).print(table)
@@ -61,7 +79,7 @@ def shown(quiet: bool) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Bars(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bars:
         yield _Shown(bars)
 
@@ -85,7 +103,7 @@ class _Shown(Progress):
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        self._bars.console.print(f"note: {text}", highlight=False)
+        self._bars.console.print(f"note: {text}", highlight=False, markup=False)
 
 
 def megabytes(count: float) -> str:

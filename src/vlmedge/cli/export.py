@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, quiet_option, shown, threads_option
-from vlmedge.cli.options import chosen_profile, format_option, profile_options
+from vlmedge.cli.options import chosen_profile, format_option, pickle_option, profile_options
 
 
 @click.command("export")
@@ -18,7 +18,7 @@ from vlmedge.cli.options import chosen_profile, format_option, profile_options
 @click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE.FORMAT here].")
 @click.option("--no-verify", is_flag=True, help="Do not compare with the original.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, read no weights, write nothing.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights, with torch's restricted loader.")
+@pickle_option
 @threads_option
 @quiet_option
 @json_option
@@ -40,7 +40,7 @@ def command(
     if dry_run:
         from vlmedge.cli.plan import show_plan
 
-        show_plan(source, format_, profile, quiet, as_json)
+        show_plan(source, format_, profile, allow_pickle, quiet, as_json)
         return
     from vlmedge.measure import peak_rss_mb
     from vlmedge.pipeline import export

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, print_table
+from vlmedge.errors import BundleError
 
 
 @click.command("inspect")
@@ -31,7 +35,8 @@ def command(bundle: str, check: bool, as_json: bool) -> None:
         "format": f"{m.format}, profile {m.profile.name}: {m.profile.bits_per_weight:.2f} bits per weight",
         "skills": ", ".join(m.skills),
         "picture": f"{m.model.image.size} x {m.model.image.size} crops, {m.model.image_tokens} tokens",
-        "context": f"{m.model.decoder.context} positions, KV cache {megabytes(m.memory.kv_context)} ({m.profile.kv_cache})",
+        "context": f"{m.model.decoder.context} positions, KV cache {megabytes(m.memory.kv_context)} "
+        f"({m.profile.kv_cache})",
         "tokenizer": f"{m.tokenizer.file}, pre-tokenizer {m.tokenizer.pre_tokenizer}, {m.tokenizer.ids:,} ids",
         "requires": ", ".join(f"{name} {version}" for name, version in m.requires.items()),
         "verified": _verification(m.verification),
@@ -61,12 +66,13 @@ def command(bundle: str, check: bool, as_json: bool) -> None:
         click.echo(f"- {note}")
 
 
-def _verification(outcome: dict[str, object]) -> str:
+def _verification(outcome: Mapping[str, Any]) -> str:
     if not outcome.get("verified"):
         return f"no: {outcome.get('reason')}"
-    stages = outcome.get("stages")
-    assert isinstance(stages, list)
-    shown = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in stages)
+    try:
+        stages = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in outcome["stages"])
+    except (KeyError, TypeError, ValueError):
+        raise BundleError("the manifest's verification is not readable; export again") from None
     at = outcome.get("first_divergence")
     tokens = "all equal" if at is None else f"first different at {at}{' (near tie)' if outcome.get('near_tie') else ''}"
-    return f"against {outcome.get('against')}: relative RMS {shown}; {outcome.get('tokens')} greedy tokens, {tokens}"
+    return f"against {outcome.get('against')}: relative RMS {stages}; {outcome.get('tokens')} greedy tokens, {tokens}"

@@ -29,6 +29,12 @@ def profile_options(function: F) -> F:
     )(function)
 
 
+def pickle_option(function: F) -> F:
+    """Add --allow-pickle."""
+    text = "Read pickled weights, with torch's restricted loader."
+    return click.option("--allow-pickle", is_flag=True, help=text)(function)
+
+
 def chosen_profile(quant: str | None, flags: dict[str, Any]) -> str:
     """The one profile that was asked for; raises UsageError for two."""
     names = [key.removeprefix("profile_") for key, on in flags.items() if key.startswith("profile_") and on]

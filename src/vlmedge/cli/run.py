@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmedge.cli.console import json_option, print_json, quiet_option, shown, threads_option
+from vlmedge.cli.console import OneOf, json_option, print_json, quiet_option, shown, threads_option
+from vlmedge.cli.options import pickle_option
 from vlmedge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.argument("image")
 @click.argument("question", required=False)
 @click.option("--image", "more", multiple=True, metavar="FILE", help="One more picture; may be repeated.")
-@click.option("--skill", type=click.Choice(SKILLS), help="[default: query with a question, else caption]")
+@click.option("--skill", type=OneOf(*SKILLS), metavar="|".join(SKILLS), help="[default: query, or caption]")
 @click.option("--object", "thing", metavar="NAME", help="What to detect or point at.")
 @click.option("--length", default="normal", show_default=True, metavar="short|normal|long", help="Of a caption.")
 @click.option("--reasoning", is_flag=True, help="Think before answering, where the release can.")
@@ -31,16 +33,14 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 )
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
-@click.option("--memory", type=click.Choice(("fast", "lean")), default="fast", show_default=True)
-@click.option(
-    "--dtype", type=click.Choice(("f32", "bf16", "f16")), default="f32", show_default=True, help="Of the original."
-)
+@click.option("--memory", type=OneOf("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
+@click.option("--dtype", type=OneOf("f32", "bf16", "f16"), default="f32", show_default=True, help="Of the original.")
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T")
-@click.option("--seed", type=int, metavar="S")
+@click.option("--temperature", type=click.FloatRange(0, 1e6), default=0.0, show_default=True, metavar="T")
+@click.option("--seed", type=click.IntRange(0), metavar="S")
 @click.option("--stream", is_flag=True, help="Print the answer as it comes.")
 @click.option("--draw", metavar="OUT.png", help="Draw boxes and points on the picture.")
-@click.option("--allow-pickle", is_flag=True, help="Read pickled weights, with torch's restricted loader.")
+@pickle_option
 @threads_option
 @quiet_option
 @json_option
@@ -56,28 +56,32 @@ def command(
     allow_pickle: bool,
     quiet: bool,
     as_json: bool,
-    **request: Any,
+    **options: Any,
 ) -> None:
     """Ask SOURCE (a bundle, or a checkpoint: then the original answers) about IMAGE.
 
     IMAGE is a file, demo:NAME for a shipped picture, or - for none.
     """
+    if options["stream"] and as_json:
+        raise UsageError("--stream and --json exclude each other")
+    request = _request(image, question, options)
+    from vlmedge.drawing import check_output
     from vlmedge.loading import load
 
-    if request["stream"] and as_json:
-        raise UsageError("--stream and --json exclude each other")
-    pictures = [picture_path(name) for name in (image, *request["more"]) if name != "-"]
-    skill = request["skill"] or ("query" if question else "caption")
+    if draw is not None and not request.pictures:
+        raise UsageError("--draw needs a picture")
+    if draw is not None:
+        check_output(Path(draw))
     with shown(quiet or as_json) as progress:
         progress.stage(f"opening {source}")
         model = load(source, runtime, threads, memory=memory, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
     with model:
-        answer = _ask(model, skill, pictures, question, request)
+        answer = request.ask(model)
     if draw is not None:
-        _draw(answer, pictures, request["thing"] or skill, draw)
+        _draw(answer, request, Path(draw))
     if as_json:
         print_json(answer.as_dict())
-    elif request["stream"] and answer.text:
+    elif options["stream"] and answer.text:
         click.echo()
     else:
         click.echo(shown_answer(answer))
@@ -102,39 +106,58 @@ def shown_answer(answer: Answer) -> str:
     return "\n".join(lines) if lines else "nothing found"
 
 
-def _ask(model: Model, skill: str, pictures: list[str], question: str | None, request: dict[str, Any]) -> Answer:
-    options = {key: request[key] for key in ("max_tokens", "temperature", "seed")}
-    if request["stream"]:
-        options["on_token"] = lambda text: click.echo(text, nl=False)
-    if skill == "query":
-        return _query(model, pictures, question, request, options)
-    if len(pictures) != 1:
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked, checked as far as it can be before a model is opened (which may take a minute)."""
+
+    skill: str
+    pictures: tuple[str, ...]
+    text: str
+    length: str
+    reasoning: bool
+    refs: tuple[Any, ...]
+    eye: tuple[float, float] | None
+    sampling: dict[str, Any]
+
+    def ask(self, model: Model) -> Answer:
+        """Ask the model."""
+        if len(self.pictures) > 1:
+            return model.chat([{"role": "user", "content": [*self.pictures, self.text]}], **self.sampling)
+        picture = self.pictures[0] if self.pictures else None
+        if self.skill == "query":
+            references = {"reasoning": self.reasoning, "spatial_refs": self.refs}
+            return model.query(picture, self.text, **references, **self.sampling)
+        assert picture is not None
+        if self.skill == "caption":
+            return model.caption(picture, self.length, **self.sampling)
+        if self.skill == "gaze":
+            assert self.eye is not None
+            return model.gaze(picture, self.eye, **self.sampling)
+        return (model.detect if self.skill == "detect" else model.point)(picture, self.text, **self.sampling)
+
+
+def _request(image: str, question: str | None, options: dict[str, Any]) -> Request:
+    from vlmedge.picture import check_picture
+
+    pictures = tuple(picture_path(name) for name in (image, *options["more"]) if name != "-")
+    skill = options["skill"] or ("query" if question else "caption")
+    refs = tuple(_numbers(text, (2, 4), "--ref") for text in options["refs"])
+    eye = options["eye"] and _numbers(options["eye"], (2,), "--eye")
+    text = (question if skill == "query" else options["thing"] or question) or ""
+    if skill != "query" and len(pictures) != 1:
         raise UsageError(f"{skill} takes exactly one picture, not {len(pictures)}")
-    if skill == "caption":
-        return model.caption(pictures[0], request["length"], **options)
-    if skill == "gaze":
-        if request["eye"] is None:
-            raise UsageError("gaze needs --eye X,Y")
-        x, y = _numbers(request["eye"], (2,), "--eye")
-        return model.gaze(pictures[0], (x, y), **options)
-    thing = request["thing"] or question
-    if not thing:
-        raise UsageError(f"{skill} needs --object NAME")
-    return (model.detect if skill == "detect" else model.point)(pictures[0], thing, **options)
-
-
-def _query(
-    model: Model, pictures: list[str], question: str | None, request: dict[str, Any], options: dict[str, Any]
-) -> Answer:
-    if not question:
-        raise UsageError("query needs a QUESTION")
-    refs: list[Any] = [_numbers(text, (2, 4), "--ref") for text in request["refs"]]
-    if len(pictures) > 1:
-        if refs or request["reasoning"]:
-            raise UsageError("--ref and --reasoning go with one picture")
-        return model.chat([{"role": "user", "content": [*pictures, question]}], **options)
-    picture = pictures[0] if pictures else None
-    return model.query(picture, question, reasoning=request["reasoning"], spatial_refs=refs, **options)
+    if len(pictures) > 1 and (refs or options["reasoning"]):
+        raise UsageError("--ref and --reasoning go with one picture")
+    if skill in ("query", "detect", "point") and not text:
+        raise UsageError(f"{skill} needs {'a QUESTION' if skill == 'query' else '--object NAME'}")
+    if skill == "gaze" and not eye:
+        raise UsageError("gaze needs --eye X,Y")
+    for picture in pictures:
+        check_picture(picture)
+    sampling: dict[str, Any] = {key: options[key] for key in ("max_tokens", "temperature", "seed")}
+    if options["stream"]:
+        sampling["on_token"] = lambda piece: click.echo(piece, nl=False)
+    return Request(skill, pictures, text, options["length"], options["reasoning"], refs, eye, sampling)
 
 
 def _numbers(text: str, counts: tuple[int, ...], option: str) -> tuple[float, ...]:
@@ -142,15 +165,15 @@ def _numbers(text: str, counts: tuple[int, ...], option: str) -> tuple[float, ..
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if len(values) not in counts:
-        raise UsageError(f"{option} takes {' or '.join(map(str, counts))} numbers with commas between, not '{text}'")
+    if len(values) not in counts or not all(0 <= value <= 1 for value in values):
+        wanted = " or ".join(map(str, counts))
+        raise UsageError(f"{option} takes {wanted} numbers of 0..1 with commas between, not '{text}'")
     return values
 
 
-def _draw(answer: Answer, pictures: list[str], label: str, out: str) -> None:
+def _draw(answer: Answer, request: Request, out: Path) -> None:
     from vlmedge.drawing import draw, save
     from vlmedge.picture import load_picture
 
-    if not pictures:
-        raise UsageError("--draw needs a picture")
-    save(draw(load_picture(pictures[0]), answer.boxes, answer.points, label), Path(out))
+    label = request.text if request.skill in ("detect", "point") else request.skill
+    save(draw(load_picture(request.pictures[0]), answer.boxes, answer.points, label), out)

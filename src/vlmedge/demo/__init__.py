@@ -1,4 +1,4 @@
-"""The demo: made-up pictures of coloured shapes, tiny checkpoints trained on them, and their trainer; light to import."""
+"""The demo: made-up pictures of coloured shapes, tiny checkpoints trained on them, and their trainer."""
 
 from __future__ import annotations
 

@@ -20,7 +20,11 @@ class TrainingAttention(TorchFunctionMode):
     """While active, replaces `scaled_dot_product_attention` (bool mask or none, no grouped heads)."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run one torch function, ours where there is one."""
         options = dict(kwargs or {})
@@ -29,14 +33,14 @@ class TrainingAttention(TorchFunctionMode):
         q, k, v = args
         mask = options.get("attn_mask")
         bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, _HIDDEN)
-        return _Attention.apply(q, k, v, bias)
+        return _Attention.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
 
 
 class _Attention(torch.autograd.Function):
     """softmax(q k' / sqrt(d) + bias) v over [n, heads, t, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Keep the probabilities for the way back."""
         n, heads, t, d = q.shape
         q, k, v = (x.reshape(n * heads, t, d) for x in (q * d**-0.5, k, v))
@@ -49,8 +53,8 @@ class _Attention(torch.autograd.Function):
         return out.view(n, heads, t, d)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        """dS = P (dP - rowsum(dO O))."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """With S the scores and P their softmax: dS = P (dP - rowsum(dO O))."""
         q, k, v, p, out = ctx.saved_tensors
         shape, d = grad.shape, grad.shape[-1]
         grad = grad.reshape(q.shape)

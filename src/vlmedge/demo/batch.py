@@ -1,4 +1,4 @@
-"""Training batches: several questions on one picture in one sequence, as numpy arrays; a pure function of (seed, step)."""
+"""Training batches: several questions on one picture in one sequence; a pure function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def batch(spec: ModelSpec, words: Tokenizer, scenes: list[Scene], length: int, s
         _place(made, i, row, prefix)
     aux = [_cells(spec, s) for s in scenes]
     made.crops, made.tiled = pixels, tiled
-    made.kinds, made.colors, made.geometry = (np.stack(part) for part in zip(*aux, strict=True))  # type: ignore[misc]
+    made.kinds, made.colors, made.geometry = (np.stack(part) for part in zip(*aux, strict=True))
     return made
 
 

@@ -101,9 +101,7 @@ def unseen(count: int, first: int = 0) -> list[Scene]:
     return [scene(TEST, first + i) for i in range(count)]
 
 
-def evaluate(
-    model: Sighted, pictures: Iterable[Scene], *, keep: Callable[[Question], bool] | None = None
-) -> Score:
+def evaluate(model: Sighted, pictures: Iterable[Scene], *, keep: Callable[[Question], bool] | None = None) -> Score:
     """Ask every question of every picture (those that `keep` accepts) and count."""
     score = Score()
     for content in pictures:
@@ -117,7 +115,9 @@ def evaluate(
 def _ask(score: Score, model: Sighted, content: Scene, image: Any, question: Question) -> None:
     if question.skill == "query":
         refers = spatial_refs(content, question)
-        text = (model.query(image, question.text, spatial_refs=refers) if refers else model.query(image, question.text)).text
+        text = (
+            model.query(image, question.text, spatial_refs=refers) if refers else model.query(image, question.text)
+        ).text
         right = text.strip() in question.answers
     elif question.skill == "caption":
         right = model.caption(image, question.text).text.strip() in question.answers

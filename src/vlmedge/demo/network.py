@@ -14,13 +14,18 @@ from vlmedge.demo.batch import COORDINATE, NONE, PADDING, SIZE, Batch
 from vlmedge.demo.scene import COLORS, KINDS
 from vlmedge.reference.blocks import Region
 from vlmedge.reference.model import Reference
+from vlmedge.session import Grid
+from vlmedge.spec import ImageSpec
 
 _SPREAD = 4.0  # soft targets: the Gaussian's width in bins
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Mean losses of one batch, and whether each token target was met (`right` bool [targets], of `branches` [targets])."""
+    """Mean losses of one batch, and which token targets were met.
+
+    `right` bool [targets]; `owners` int64 [targets] tells the question: picture * 64 + branch.
+    """
 
     language: Tensor
     coordinate: Tensor
@@ -46,9 +51,11 @@ class Dense(nn.Linear):
         kind, color, place = self(image).float().split(self.splits, dim=-1)
         there = kinds > 0
         error = F.smooth_l1_loss(place[there], geometry[there])
-        return F.cross_entropy(kind.flatten(0, 1), kinds.flatten()) + F.cross_entropy(
-            color.flatten(0, 1), colors.flatten()
-        ) + error
+        return (
+            F.cross_entropy(kind.flatten(0, 1), kinds.flatten())
+            + F.cross_entropy(color.flatten(0, 1), colors.flatten())
+            + error
+        )
 
 
 def initialise(model: Reference) -> None:
@@ -60,9 +67,9 @@ def initialise(model: Reference) -> None:
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.3)
     for stack in (model.vision.layers, model.decoder.layers):
-        for layer in stack:
-            for part in (layer.attn.out, layer.mlp.down):  # type: ignore[union-attr]
-                part.weight.data.mul_((2 * len(stack)) ** -0.5)  # type: ignore[union-attr]
+        for name, weight in stack.named_parameters():
+            if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                weight.data.mul_((2 * len(stack)) ** -0.5)
     nn.init.normal_(model.vision.position, std=0.3)
     if model.region is not None:
         nn.init.normal_(model.region.coord_features, std=2.5)
@@ -83,7 +90,7 @@ def image_tokens(model: Reference, batch: Batch) -> Tensor:
     return cast(Tensor, model.projector(torch.cat([whole, torch.stack(local)], dim=-1)))
 
 
-def pooled(local: Tensor, spec: imaging.ImageSpec, grid: imaging.Grid) -> Tensor:
+def pooled(local: Tensor, spec: ImageSpec, grid: Grid) -> Tensor:
     """Stitch and pool the local crops' features [n, tokens, width] to [tokens, width]."""
     side = spec.size // spec.patch_size
     cells = local.reshape(-1, local.shape[-1])[torch.from_numpy(imaging.stitch_index(spec, grid))]
@@ -98,7 +105,9 @@ def losses(model: Reference, dense: Dense, batch: Batch) -> Losses:
     hidden = model.decoder(
         inputs(model, batch, image), mask=block_mask(batch), positions=torch.from_numpy(batch.positions)
     )
-    tokens, coordinates, sizes = (torch.from_numpy(a) for a in (batch.next_token, batch.next_coordinate, batch.next_size))
+    tokens, coordinates, sizes = (
+        torch.from_numpy(a) for a in (batch.next_token, batch.next_coordinate, batch.next_size)
+    )
     told, placed, sized = tokens != NONE, ~coordinates.isnan(), ~sizes[..., 0].isnan()
     logits = model.decoder.logits(hidden[told]).float()
     size = region.size_decoder(hidden[sized]).float().unflatten(-1, (2, -1))
@@ -124,7 +133,7 @@ def inputs(model: Reference, batch: Batch, image: Tensor) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         x[modes == COORDINATE] = region.encode_coordinate(values[modes == COORDINATE][:, :1])
         x[modes == SIZE] = region.encode_size(values[modes == SIZE])
-    return x
+    return cast(Tensor, x)
 
 
 def block_mask(batch: Batch) -> Tensor:
@@ -138,4 +147,4 @@ def soft_loss(logits: Tensor, bins: Tensor) -> Tensor:
     """Cross entropy [..., n] against a Gaussian around a fractional bin [...]."""
     steps = torch.arange(logits.shape[-1], dtype=torch.float32)
     target = (-0.5 * ((steps - bins[..., None]) / _SPREAD) ** 2).softmax(-1)
-    return -(target * logits.log_softmax(-1)).sum(-1).mean()
+    return F.cross_entropy(logits.flatten(0, -2), target.flatten(0, -2))

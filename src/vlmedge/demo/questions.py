@@ -36,7 +36,12 @@ class Question:
 def questions(scene: Scene) -> tuple[Question, ...]:
     """Every kind of question that has one clear answer on this scene; a pure function of the scene."""
     rng = np.random.default_rng((scene.seed, scene.index, 2))
-    found = [_count_all(scene, rng), _count_color(scene, rng), _count_kind(scene, rng), _refer(scene, rng)]
+    found: list[Question | None] = [
+        _count_all(scene, rng),
+        _count_color(scene, rng),
+        _count_kind(scene, rng),
+        _refer(scene, rng),
+    ]
     found += [_color(scene, rng), _shape(scene, rng), _where(scene, rng), _present(scene, rng), _absent(scene, rng)]
     found += [caption(scene, length) for length in LENGTHS]
     for skill in ("detect", "detect", "point"):

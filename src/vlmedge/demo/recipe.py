@@ -20,7 +20,7 @@ _WORDS = ("describe", "query", "detect", "point", "short", "normal", "long")
 
 
 def tokenizer() -> Tokenizer:
-    """Train the tokenizer on the demo's own language: ids 0..15 special as in moondream/starmie-v1, then bytes, merges."""
+    """Train the tokenizer on the demo's own language; ids 0..15 are special as in moondream/starmie-v1."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())

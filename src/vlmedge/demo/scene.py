@@ -26,9 +26,10 @@ MOST = 5  # shapes in one picture
 _BAND = 0.035
 _ORDER_GAP = 0.05  # between the centres' x, so that "from left to right" has one meaning
 _OVERSAMPLE = 4
+_ARM = 0.32  # half the width of the cross's arms
 _CROSS = (
-    ((-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32))
-    + ((0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32))
+    *((-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM)),
+    *((_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM)),
 )
 _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((-0.84, -0.84), (0.84, -0.84), (0.84, 0.84), (-0.84, 0.84)),

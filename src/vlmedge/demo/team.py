@@ -26,7 +26,9 @@ class Team:
     def of(cls, size: int, parameters: int) -> Team:
         """A team for so many parameters, to be handed to the processes."""
         context: Any = processes.get_context("spawn")
-        return cls(0, size, torch.zeros(size, parameters + 1).share_memory_(), context.Barrier(size))
+        board = torch.zeros(size, parameters + 1)
+        board.share_memory_()  # type: ignore[no-untyped-call]
+        return cls(0, size, board, context.Barrier(size))
 
     def as_rank(self, rank: int) -> Team:
         """The same team as seen by another member."""
@@ -41,7 +43,7 @@ class Team:
         self.gate.wait(_PATIENCE)
         mean = self.board[:, :-1].mean(0)
         self.gate.wait(_PATIENCE)
-        for p, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        for p, part in zip(parameters, torch.split(mean, [p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
 
     def agree(self, value: float) -> float:

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as processes
 from tokenizers import Tokenizer
+from torch.multiprocessing.spawn import spawn
 
 from vlmedge import families
 from vlmedge.demo.attention import TrainingAttention
 from vlmedge.demo.batch import Batch, batch, step_batch
-from vlmedge.demo.team import Team
 from vlmedge.demo.network import Dense, Losses, initialise, losses
 from vlmedge.demo.recipe import write_recipe
 from vlmedge.demo.scene import scene
+from vlmedge.demo.team import Team
 from vlmedge.reference.model import Reference
 
 HELD_OUT = 1_000_003  # the seed of the pictures that training never sees
@@ -99,7 +99,9 @@ class Trainer:
     def draw(self) -> Batch:
         """This process's share of the next step's pictures."""
         share = self.plan.pictures // self.team.size
-        return step_batch(self.spec, self.words, self.plan.seed, self.step * self.team.size + self.team.rank, share, self.plan.length)
+        return step_batch(
+            self.spec, self.words, self.plan.seed, self.step * self.team.size + self.team.rank, share, self.plan.length
+        )
 
     def learn(self) -> Losses:
         """One step, together with the other processes."""
@@ -140,7 +142,7 @@ def train(folder: Path, plan: Plan, workers: int = 1) -> Trainer:
     if workers == 1:
         return work(0, folder, plan, Team(0, 1))
     numbers = sum(p.numel() for p in Trainer(folder, plan).parameters())
-    processes.spawn(_join, (folder, plan, Team.of(workers, numbers)), workers)  # type: ignore[no-untyped-call]
+    spawn(_join, (folder, plan, Team.of(workers, numbers)), workers)  # type: ignore[no-untyped-call]
     return Trainer(folder, plan)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from vlmedge import imaging
-from vlmedge.parity.pictures import FORMULA, pattern, sizes
-from vlmedge.parity.stages import caption_length, prompt_ids
+from vlmedge.parity import pictures
+from vlmedge.parity.trace import Reading, Trace, caption_template
 from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32
 from vlmedge.skills import Model
@@ -18,28 +18,29 @@ from vlmedge.spec import ImageSpec, ModelSpec
 SCHEMA = "vlmedge.selftest/1"
 _SAMPLES = 32
 _TOP = 8
-_TOKENS = 16
 _TEXTS = (
     "What colour is the cat?", "how many people are there", "Describe this image.", "a red circle", " leading blank",
-    "trailing blank ", "two  blanks", "tabs\tand\nnew lines\r\n", "", "0123456789", "3.14159, 1e-5; 50%", "don't we'll I'm",
-    "snake_case camelCase UPPER", "for (int i = 0; i < n; ++i) { x[i] += 1; }", "https://example.org/a?b=c&d=e#f",
-    "naïve café Ünïcödé", "Ελληνικά", "русский текст", "العربية", "עברית", "हिन्दी", "中文字符测试", "日本語のテキスト", "한국어",
-    "emoji 😀👍🏽🇩🇪", "e\u0301 combining", "\u200bzero width", "<|endoftext|>", "<b>bold</b>", "a" * 40,
+    "trailing blank ", "two  blanks", "tabs\tand\nnew lines\r\n", "", "0123456789", "3.14159, 1e-5; 50%",
+    "don't we'll I'm", "snake_case camelCase UPPER", "for (int i = 0; i < n; ++i) { x[i] += 1; }",
+    "https://example.org/a?b=c&d=e#f", "naïve café Ünïcödé", "Ελληνικά", "русский текст", "العربية", "עברית",
+    "हिन्दी", "中文字符测试", "日本語のテキスト", "한국어", "emoji 😀👍🏽🇩🇪", "e\u0301 combining", "\u200bzero width",
+    "<|endoftext|>", "<b>bold</b>", "a" * 40,
 )  # fmt: skip
+_ENDS = ("?", "\n\n", " 42", "🙂", "'s", ":", "  x", "。", ")")
 
 
 def text_vectors(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Texts of many kinds and pairs of them, each with its ids."""
-    texts = [*_TEXTS, *(f"{a} {b}" for a, b in zip(_TEXTS, _TEXTS[7:] + _TEXTS[:7], strict=True))]
-    texts += [f"{text}{end}" for text in _TEXTS for end in ("?", "\n\n", " 42", "🙂", "'s", ":", "  x", "。", ")")]
+    """Texts of many kinds, in pairs and with endings, each with its ids."""
+    pairs = (f"{a} {b}" for a, b in zip(_TEXTS, _TEXTS[7:] + _TEXTS[:7], strict=True))
+    texts = [*_TEXTS, *pairs, *(f"{text}{end}" for text in _TEXTS for end in _ENDS)]
     return [{"text": text, "ids": tokenizer.encode(text)} for text in texts]
 
 
 def picture_vectors(spec: ImageSpec) -> list[dict[str, Any]]:
     """Preprocessing: size, hash of the raw RGB bytes, tiling, hash of each crop's bytes."""
     out = []
-    for height, width in sizes(spec):
-        picture = pattern(height, width)
+    for height, width in pictures.sizes(spec):
+        picture = pictures.pattern(height, width)
         crops = imaging.crop(picture, spec)
         out.append(
             {
@@ -53,34 +54,35 @@ def picture_vectors(spec: ImageSpec) -> list[dict[str, Any]]:
     return out
 
 
-def record(spec: ModelSpec, tokenizer: Tokenizer, model: Model | None) -> dict[str, Any]:
-    """All vectors; without a model only those that need none (crops and token ids)."""
-    pictures = picture_vectors(spec.image)
-    if model is not None:
-        for entry in pictures:
-            entry["model"] = _model_vectors(model, entry["height"], entry["width"])
-    return {
+def record(spec: ModelSpec, tokenizer: Tokenizer, model: Model | None, found: Trace | None) -> dict[str, Any]:
+    """All vectors; without a model and its trace only those that need none (crops and token ids)."""
+    vectors: dict[str, Any] = {
         "schema": SCHEMA,
-        "pixels": FORMULA,
-        "pictures": pictures,
+        "pixels": pictures.PIXELS,
+        "pictures": picture_vectors(spec.image),
         "text": text_vectors(tokenizer),
-        "recorded_with": None if model is None else model.session.runtime,
+        "recorded_with": None,
     }
+    if model is not None and found is not None:
+        vectors["recorded_with"] = model.session.runtime
+        vectors["model"] = {
+            "prompt_ids": list(caption_template(model)[1]),
+            "features": {"picture": 0, "crop": 0, **_sample(found.features)},
+            "local_features": {"picture": 1, "crop": 1, **_sample(found.local)},
+            "small": {"input": "picture 0", **_reading(found.small, tokenizer)},
+            "stitched": {"input": f"features in the tiling of picture 1: {pictures.FEATURES}"}
+            | _reading(found.stitched, tokenizer),
+        }
+    return vectors
 
 
-def _model_vectors(model: Model, height: int, width: int) -> dict[str, Any]:
-    picture, ids = pattern(height, width), prompt_ids(model)
-    stages = model.stages([picture], ids)
-    last = stages["logits"][-1]
-    top = np.argsort(-last, kind="stable")[:_TOP]
-    answer = model.caption(picture, caption_length(model), max_tokens=_TOKENS)
+def _reading(reading: Reading, tokenizer: Tokenizer) -> dict[str, Any]:
+    top = np.argsort(-reading.logits, kind="stable")[:_TOP]
     return {
-        "features": _sample(stages["features"]),
-        "projected": _sample(stages["projected"]),
-        "prompt_ids": ids,
-        "logits": {"ids": top.tolist(), "values": [_short(v) for v in last[top]]},
-        "tokens": list(answer.tokens),
-        "text": answer.text,
+        "projected": _sample(reading.projected),
+        "logits": {"ids": top.tolist(), "values": [_short(v) for v in reading.logits[top]]},
+        "tokens": list(reading.tokens),
+        "text": tokenizer.decode(reading.tokens),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from vlmedge.picture import PictureLike
 from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, Tokenizer, TokenRun
 from vlmedge.regions import RegionDecoder
 from vlmedge.session import F32, Session
+from vlmedge.skills.gaze import steady_gaze
 from vlmedge.skills.request import OnToken, Options, Request
 from vlmedge.spec import Ids, ModelSpec
 
@@ -100,11 +102,31 @@ class Model:
         """Point at every `object`; `Answer.points`. Always greedy: the sampling options have no effect."""
         return self._regions("point", image, object, max_objects, options)
 
-    def gaze(self, image: PictureLike, eye: tuple[float, float], **options: Any) -> Answer:
-        """Where the person whose eye is at (x, y) looks: one point, or none where the model sees no target."""
+    def gaze(
+        self,
+        image: PictureLike,
+        eye: tuple[float, float] | None = None,
+        *,
+        face: tuple[float, float, float, float] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Where the person whose eye is at (x, y) looks: one point, or none where the model sees no target.
+
+        With a `face` box (x_min, y_min, x_max, y_max) instead, twenty eyes are drawn from it (`seed`) and averaged.
+        """
         self._sampling_options(options)
-        request = self._begin("gaze", "gaze", [image], eye=eye)
-        return request.regions(self._region(), sizes=False, most=1)
+        if (eye is None) == (face is None):
+            raise UsageError("gaze takes an eye (x, y) or a face (x_min, y_min, x_max, y_max)")
+
+        def ask(pixels: PictureLike, at: tuple[float, float]) -> Answer:
+            request = self._begin("gaze", "gaze", [pixels], eye=at)
+            return request.regions(self._region(), sizes=False, most=1)
+
+        if eye is not None:
+            return ask(image, eye)
+        assert face is not None
+        answer, points = steady_gaze(ask, picture.load_picture(image), face, options.get("seed"))
+        return replace(answer, points=points)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
         """Answer the last of `messages`: {"role": "user", "content": text or a list of pictures and text}.
