@@ -160,6 +160,13 @@ def test_the_same_input_gives_the_same_bytes(model: Model, tmp_path: Path, profi
         assert (tmp_path / file).read_bytes() == (model.export(profile) / file).read_bytes()
 
 
+def test_a_system_without_pwrite_gives_the_same_bytes(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vlmedge.exporters.gguf.container._POSITIONAL", False)  # as on Windows
+    EXPORTERS["gguf"].write(model.job("q4", tmp_path))
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (model.export("q4") / path.name).read_bytes()
+
+
 def test_blocks_of_rows_give_the_bytes_of_whole_tensors(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stream, "UNIT", 1000)
     EXPORTERS["gguf"].write(model.job("q4", tmp_path))

@@ -55,19 +55,13 @@ def test_photographs_are_there():
         ("a.jpg", "CMYK"),
         ("a.jpg", "L"),
         ("a.tif", "CMYK"),
-        ("a.tif", "LAB"),
+        ("a.tif", "YCbCr"),
         ("a.bmp", "RGB"),
         ("a.webp", "RGBA"),
         ("a.gif", "P"),
     ],
 )
 def test_modes_are_upstreams(tmp_path, name, mode):
-    if mode == "LAB":
-        change = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-        ImageCms.applyTransform(Image.fromarray(PICTURE), change).save(tmp_path / name)
-        with pytest.raises(ImageError, match="cannot be decoded: conversion"):
-            load_picture(tmp_path / name)
-        return
     path = saved(tmp_path / name, mode)
     assert np.array_equal(load_picture(path), upstream(path))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Value: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float]
 Metadata: TypeAlias = Mapping[str, Value]
+
+_POSITIONAL = hasattr(os, "pwrite")  # Windows has none
 
 
 class GgufFile:
@@ -34,10 +37,12 @@ class GgufFile:
         for t in tensors:
             kind = gguf.GGMLQuantizationType(t.kind.number)
             writer.add_tensor_info(t.tensor, t.shape, None, t.bytes, raw_dtype=kind)
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
+        try:
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        finally:
+            writer.close()
         self._place(tensors, writer.data_alignment)
 
     def _place(self, tensors: Sequence[Stored], alignment: int) -> None:
@@ -47,7 +52,8 @@ class GgufFile:
         for t in tensors:
             self._offsets[t.tensor] = position
             position += _aligned(t.bytes, alignment)
-        self._fd = os.open(self.path, os.O_WRONLY)
+        self._fd = os.open(self.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+        self._lock = threading.Lock()
         os.ftruncate(self._fd, position)
 
     def write(self, stored: Stored, row: int, data: U8) -> None:
@@ -55,8 +61,15 @@ class GgufFile:
         offset = self._offsets[stored.tensor] + row * stored.kind.size((1, stored.columns))
         view = data.data
         while view:
-            wrote = os.pwrite(self._fd, view, offset)
+            wrote = self._some(view, offset)
             view, offset = view[wrote:], offset + wrote
+
+    def _some(self, view: memoryview, offset: int) -> int:
+        if _POSITIONAL:
+            return os.pwrite(self._fd, view, offset)
+        with self._lock:
+            os.lseek(self._fd, offset, os.SEEK_SET)
+            return os.write(self._fd, view)
 
     def close(self) -> None:
         """Close the file."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
 from vlmedge import __version__
 from vlmedge.errors import VlmedgeError, nearest
 
+_LONGEST = 1000  # characters of an error; names out of damaged files can be enormous
 VERBS = {
     "export": "vlmedge.cli.export:command",
     "run": "vlmedge.cli.run:command",
@@ -45,6 +47,17 @@ class Verbs(click.Group):
             raise click.UsageError(f"unknown command '{args[0]}'{nearest(args[0], VERBS)}")
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Keep Ctrl-C from click, which would print an empty line of its own."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _InterruptedError from None
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C."""
+
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="vlmedge")
@@ -65,7 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{error.format_message()}{more}", 2)
     except click.ClickException as error:
         _fail(error.format_message(), 1)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt, _InterruptedError):
+        if sys.stderr.isatty():
+            click.echo(err=True)  # after the terminal's own ^C
         _fail("interrupted; nothing was left behind", 130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as `| head` does
@@ -75,5 +90,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"vlmedge: {' '.join(message.split())}", file=sys.stderr)
+    print(f"vlmedge: {' '.join(message.split())[:_LONGEST]}", file=sys.stderr)
     sys.exit(code)

@@ -70,7 +70,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def shown(quiet: bool) -> Iterator[Progress]:
-    """Draw progress on stderr for the length of the block; silent with `quiet`."""
+    """Draw progress on stderr, where that is a terminal, for the length of the block; silent with `quiet`."""
     if quiet:
         yield Progress()
         return
@@ -79,8 +79,15 @@ def shown(quiet: bool) -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Bars(*columns, TimeRemainingColumn(compact=True), console=console, transient=True) as bars:
+    columns: tuple[Any, ...] = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    columns += (TimeRemainingColumn(compact=True),)
+    # In a log file bars are noise; notes appear there too.
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield _Shown(bars)
 
 
