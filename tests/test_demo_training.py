@@ -94,7 +94,7 @@ def test_attention_equals_torchs():
 def test_packed_questions_are_what_a_session_computes(trained, tmp_path):
     """Image tokens, prompts and logits of the block-masked batch equal one question at a time in a session."""
     trained.save()
-    write_checkpoint(read_state(trained.state), tmp_path)
+    write_checkpoint(read_state(trained.folder), trained.folder / "recipe", tmp_path)
     checkpoint = open_folder(tmp_path)
     family = families.family_of(checkpoint)
     spec = family.spec(checkpoint)

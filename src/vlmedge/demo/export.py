@@ -1,8 +1,9 @@
-"""A trained state as a checkpoint folder under upstream's tensor names: `python -m vlmedge.demo.export STATE OUT`."""
+"""A trained state as a checkpoint folder under upstream's tensor names: `python -m vlmedge.demo.export TRAINING OUT`."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,26 +11,30 @@ import torch
 from safetensors.torch import save_file
 
 from vlmedge import families
-from vlmedge.demo.recipe import write_recipe
+from vlmedge.demo.recipe import open_recipe
 from vlmedge.reference.model import Reference, canonical
 
 
-def write_checkpoint(model: Reference, folder: Path) -> None:
-    """Write config.json, tokenizer.json and model.safetensors (bf16) as moondream2's 2025-06-21 release has them."""
-    family = families.family_of(write_recipe(folder))
-    tensors = family.weights(model.spec).inverse(canonical(model))
+def write_checkpoint(model: Reference, recipe: Path, folder: Path) -> None:
+    """Write config.json and tokenizer.json of `recipe` and model.safetensors (bf16) as the 2025-06-21 release has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(recipe / name, folder / name)
+    tensors = families.family_of(open_recipe(recipe)).weights(model.spec).inverse(canonical(model))
+    path = folder / "model.safetensors"
     save_file(
         {name: torch.from_numpy(np.ascontiguousarray(_stored(name, a))).bfloat16() for name, a in tensors.items()},
-        folder / "model.safetensors",
+        path,
         metadata={"format": "pt"},
     )
+    path.chmod(0o644)  # safetensors makes it private
 
 
-def read_state(path: Path) -> Reference:
-    """The model inside a trainer's state file."""
-    checkpoint = write_recipe(path.parent / "recipe")
+def read_state(folder: Path) -> Reference:
+    """The model of a training folder, as its last save has it."""
+    checkpoint = open_recipe(folder / "recipe")
     model = Reference(families.family_of(checkpoint).spec(checkpoint))
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    model.load_state_dict(torch.load(folder / "state.pt", weights_only=True)["model"])
     return model
 
 
@@ -43,10 +48,10 @@ def _stored(name: str, array: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Read the command line and export."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("state", type=Path, help="state.pt of a training folder")
+    parser.add_argument("training", type=Path, help="the trainer's folder")
     parser.add_argument("out", type=Path, help="folder to write")
     given = parser.parse_args()
-    write_checkpoint(read_state(given.state), given.out)
+    write_checkpoint(read_state(given.training), given.training / "recipe", given.out)
 
 
 if __name__ == "__main__":

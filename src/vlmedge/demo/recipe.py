@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vlmedge.checkpoint import Checkpoint, Source
-from vlmedge.demo.questions import NUMBERS, questions
+from vlmedge.demo.questions import NUMBERS, Question, questions
 from vlmedge.demo.scene import COLORS, KINDS, scene
 
 if TYPE_CHECKING:
@@ -77,6 +77,12 @@ def write_recipe(folder: Path) -> Checkpoint:
     table = config(words)
     words.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return open_recipe(folder)
+
+
+def open_recipe(folder: Path) -> Checkpoint:
+    """What `write_recipe` wrote: a training goes on with the tokenizer that it began with."""
+    table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Checkpoint(Source("demo:moondream2"), folder, table, {})
 
 
@@ -84,5 +90,11 @@ def _corpus() -> list[str]:
     lines = [*_WORDS] * 400
     for index in range(2000):
         for question in questions(scene(0, index)):
-            lines += [question.text, f" {question.text}", *question.answers]
+            lines += [question.text, f" {question.text}", *_said(question)]
     return lines + [w for word in (*COLORS, *KINDS, *NUMBERS, "shape") for w in (word, f" {word}")] * 200
+
+
+def _said(question: Question) -> tuple[str, ...]:
+    if question.kind.startswith("count"):
+        return question.answers[0], NUMBERS[int(question.answers[0])].lower()
+    return question.answers

@@ -21,7 +21,7 @@ from vlmedge import families
 from vlmedge.demo.attention import TrainingAttention
 from vlmedge.demo.batch import Batch, batch, step_batch
 from vlmedge.demo.network import Dense, Losses, initialise, losses
-from vlmedge.demo.recipe import write_recipe
+from vlmedge.demo.recipe import open_recipe, write_recipe
 from vlmedge.demo.scene import scene
 from vlmedge.demo.team import Team
 from vlmedge.reference.model import Reference
@@ -53,7 +53,8 @@ class Trainer:
     def __init__(self, folder: Path, plan: Plan, team: Team | None = None) -> None:
         """Start from seeded weights, or from `folder`'s state where there is one."""
         self.folder, self.plan, self.team = folder, plan, team or Team(0, 1)
-        checkpoint = write_recipe(folder / "recipe")
+        known = (folder / "recipe" / "config.json").is_file()
+        checkpoint = (open_recipe if known else write_recipe)(folder / "recipe")
         self.spec = families.family_of(checkpoint).spec(checkpoint)
         self.words = Tokenizer.from_file(str(folder / "recipe" / "tokenizer.json"))
         torch.manual_seed(plan.seed)
