@@ -48,4 +48,5 @@ def test_export_agrees_with_the_original(folder, tmp_path):
         got, wanted = (m.caption(picture, "short", max_tokens=32).tokens for m in (ours, original))
         assert got == wanted
         found, boxes = (m.detect(picture, "cat", max_objects=3).boxes for m in (ours, original))
-        assert [(b.x_min, b.y_max) for b in found] == pytest.approx([(b.x_min, b.y_max) for b in boxes], abs=2e-3)
+        for got, wanted in zip(found, boxes, strict=True):
+            assert (got.x_min, got.y_max) == pytest.approx((wanted.x_min, wanted.y_max), abs=2e-3)

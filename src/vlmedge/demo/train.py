@@ -114,7 +114,7 @@ class Trainer:
             group["lr"] = rate
         with TrainingAttention(), torch.autocast("cpu", torch.bfloat16):
             found = losses(self.model, self.dense, drawn)
-            total = found.total(self.plan.dense * (1 - progress))
+            total = found.total(progress, self.plan.dense)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self.team.average(self.parameters())
