@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmedge.exporters.base import Encoding, Exporter, ExportJob, Written
+from vlmedge.exporters.base import MAX_PART, Encoding, Exporter, ExportJob, Written
 from vlmedge.registry import Registry
 
 EXPORTERS: Registry[Exporter] = Registry(
@@ -12,4 +12,4 @@ EXPORTERS: Registry[Exporter] = Registry(
     },
 )
 
-__all__ = ["EXPORTERS", "Encoding", "ExportJob", "Exporter", "Written"]
+__all__ = ["EXPORTERS", "MAX_PART", "Encoding", "ExportJob", "Exporter", "Written"]

@@ -14,6 +14,10 @@ from vlmedge.tensors import Tensor
 Progress = Callable[[str, int], None]
 
 
+# Bytes of one file: an app store's asset pack holds 1.5 GB, and 2 GiB is what 32-bit offsets reach.
+MAX_PART = 1_400_000_000
+
+
 def silent(name: str, count: int) -> None:
     """Progress that nobody watches."""
 
@@ -37,7 +41,8 @@ class Encoding:
 class ExportJob:
     """One export: the model, its lazily read tensors, a scheme for each, and an existing empty folder to write to.
 
-    `progress(canonical name, source elements)` is called as each tensor is done.
+    `progress(canonical name, source elements)` is called as each tensor is done. Files that the format can cut stay
+    under `max_part` bytes.
     """
 
     spec: ModelSpec
@@ -49,6 +54,7 @@ class ExportJob:
     out: Path
     threads: int
     progress: Progress = silent
+    max_part: int = MAX_PART
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -74,8 +80,8 @@ class Exporter(Protocol):
     def missing(self) -> str | None:
         """Why this format cannot be written here (one line, with the remedy), or None."""
 
-    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
-        """Canonical name -> how it would be stored; reads no weights.
+    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme], max_part: int = MAX_PART) -> dict[str, Encoding]:
+        """Canonical name -> how it would be stored; reads no weights. `max_part`: as in `ExportJob`.
 
         A tensor that is stored in two pieces has a second entry under `NAME#piece`.
         Raises UnsupportedError where a block has no handler or a scheme no encoding in this format.

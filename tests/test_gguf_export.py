@@ -25,6 +25,7 @@ from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.exporters.gguf.vocabulary import CONTROL, NORMAL, UNUSED, read_vocabulary
 from vlmedge.families import family_of
 from vlmedge.quant_profiles import Scheme, load_profile, plan, profile_names
+from vlmedge.runtimes.llamacpp_session import LlamaCppSession
 from vlmedge.session import F32
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import ArrayTensor, Tensor
@@ -440,3 +441,24 @@ def test_stock_llama_cpp_answers(model: Model, tmp_path: Path, profile: str, cha
     original = TorchSession(model.spec, model.tensors)
     want = original.project(original.vision(np.stack([pixels, pixels])), (1, 1))
     assert np.linalg.norm(got - want) <= STOCK_ERROR[profile] * np.linalg.norm(want)
+
+
+def test_a_large_decoder_is_cut_into_parts_that_llama_cpp_opens(model: Model, tmp_path: Path):
+    """Names and split keys as llama.cpp's own; every tensor once; the same values; the first part opens all."""
+    job = replace(model.job("q8", tmp_path), max_part=200_000)
+    files = [written.path for written in EXPORTERS["gguf"].write(job)]
+    parts = [name for name in files if name.startswith("text-")]
+    assert parts == [layout.part_name(i + 1, len(parts)) for i in range(len(parts))]
+    assert len(parts) > 2
+    assert {written.role for written in EXPORTERS["gguf"].write(job)} == {"text", "mmproj", "heads"}
+    tensors = {name: value for part in parts for name, value in read(tmp_path / part).items()}
+    whole = read(model.export("q8") / TEXT)
+    assert tensors.keys() == whole.keys()
+    assert all(np.array_equal(tensors[name][1], whole[name][1]) for name in whole)
+    assert all((tmp_path / part).stat().st_size < 250_000 for part in parts[1:])
+    with (
+        LlamaCppSession(model.spec, tmp_path, threads=1) as cut,
+        LlamaCppSession(model.spec, model.export("q8"), threads=1) as one,
+    ):
+        ids = np.array([0, 1, 300, 2], np.int32)
+        assert np.array_equal(cut.forward(ids).logits, one.forward(ids).logits)

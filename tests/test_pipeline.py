@@ -21,7 +21,6 @@ EXPORT_KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["f32", "q4"])
 def test_the_same_bytes_twice(golden, tmp_path, profile):
     """Manifest, self-test and verification included; neither the place nor the number of threads shows."""
@@ -45,7 +44,6 @@ def test_threads_do_not_show(golden, bundle, tmp_path):
         assert (other / name).read_bytes() == (bundle / name).read_bytes(), name
 
 
-@pytest.mark.slow
 def test_an_export_that_is_wrong_is_not_written(golden, tmp_path, monkeypatch):
     """A quantizer that spoils one kind of tensor: verification names the stage, and no bundle appears."""
     right = quantizer.encode

@@ -14,6 +14,15 @@ from vlmedge.session import U8
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+
+class Value16(int):
+    """A whole number that is stored as uint16."""
+
+
+class ValueI32(int):
+    """A whole number that is stored as int32."""
+
+
 Value: TypeAlias = str | int | float | bool | list[str] | list[int] | list[float]
 Metadata: TypeAlias = Mapping[str, Value]
 
@@ -83,6 +92,10 @@ def _aligned(n: int, alignment: int) -> int:
 def _add(writer: GGUFWriter, key: str, value: Value) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
+    elif isinstance(value, Value16):
+        writer.add_uint16(key, value)
+    elif isinstance(value, ValueI32):
+        writer.add_int32(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
     elif isinstance(value, float):

@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmedge.errors import OutputError, RuntimeFailedError
-from vlmedge.exporters.base import Encoding, ExportJob, Written
+from vlmedge.exporters.base import MAX_PART, Encoding, ExportJob, Written
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.exporters.gguf.heads import heads_metadata
-from vlmedge.exporters.gguf.layout import HEADS, MMPROJ, TEXT, Stored, layout, piece
-from vlmedge.exporters.gguf.metadata import architecture, check_vision, mmproj_metadata, text_metadata
+from vlmedge.exporters.gguf.layout import Stored, layout, piece, role_of
+from vlmedge.exporters.gguf.metadata import (
+    architecture,
+    check_vision,
+    mmproj_metadata,
+    parts_metadata,
+    text_metadata,
+)
 from vlmedge.exporters.gguf.stream import write_files
 from vlmedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from vlmedge.quant_profiles import Scheme
@@ -22,7 +28,6 @@ from vlmedge.spec import ModelSpec, component
 REQUIRES = {"llama-cpp-python": ">=0.3.36", "llama.cpp": "the one in that version, or newer"}
 # Where the facts of `ExportJob.about` go; any other is written as general.source.NAME.
 ABOUT = {"licence": "general.license", "license": "general.license", "repo": "general.source.huggingface.repository"}
-ROLES = {TEXT: "text", MMPROJ: "mmproj", HEADS: "heads"}
 
 
 class GgufExporter:
@@ -38,7 +43,7 @@ class GgufExporter:
             return str(error)
         return None
 
-    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme]) -> dict[str, Encoding]:
+    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme], max_part: int = MAX_PART) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.
 
         The joined projector's first layer is stored in two pieces, the second under `projector.up.weight#local`.
@@ -46,7 +51,8 @@ class GgufExporter:
         """
         architecture(spec.decoder)
         check_vision(spec)
-        return {piece(s): Encoding(s.file, s.tensor, s.kind.name, s.shape, s.bytes, s.note) for s in layout(spec, plan)}
+        stored = layout(spec, plan, max_part)
+        return {piece(s): Encoding(s.file, s.tensor, s.kind.name, s.shape, s.bytes, s.note) for s in stored}
 
     def write(self, job: ExportJob) -> tuple[Written, ...]:
         """Write the files into `job.out`, reading each tensor once, in the order of the checkpoint's files.
@@ -54,7 +60,7 @@ class GgufExporter:
         Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OutputError where
         the disk is full, RuntimeFailedError without ggml's quantizer.
         """
-        stored = layout(job.spec, job.plan)
+        stored = layout(job.spec, job.plan, job.max_part)
         metadata = _metadata(job, stored, read_vocabulary(job.tokenizer, job.spec.decoder.vocab))
         if any(s.kind.quantized for s in stored):
             quantizer.load(quantizer.library_path())
@@ -82,19 +88,22 @@ def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary
     mmproj: dict[str, Any] = {"general.architecture": "clip", "general.type": "mmproj"}
     heads = heads_metadata()
     about = {ABOUT.get(key, f"general.source.{key}"): value for key, value in sorted(job.about.items()) if value}
-    out = {}
-    for file, first, rest in (
-        (TEXT, text, text_metadata(job.spec, vocabulary)),
-        (MMPROJ, mmproj, mmproj_metadata(job.spec, job.plan)),
-        (HEADS, heads, {}),
+    out: dict[str, dict[str, Any]] = {}
+    for role, first, rest in (
+        ("text", text, text_metadata(job.spec, vocabulary)),
+        ("mmproj", mmproj, mmproj_metadata(job.spec, job.plan)),
+        ("heads", heads, {}),
     ):
         kinds: Counter[int] = Counter()
+        files: Counter[str] = Counter()
         for s in stored:
-            if s.file == file and len(s.shape) > 1:
-                kinds[s.kind.file_type] += s.parameters
+            if role_of(s.file) == role:
+                files[s.file] += 1
+                kinds[s.kind.file_type] += s.parameters if len(s.shape) > 1 else 0
         if kinds:
             general = {"general.name": job.name, "general.file_type": max(kinds, key=lambda k: (kinds[k], -k))}
-            out[file] = first | general | {"general.quantization_version": 2} | about | rest
+            whole = first | general | {"general.quantization_version": 2} | about | rest
+            out |= dict(zip(files, parts_metadata(whole, list(files.values())), strict=True))
     return out
 
 
@@ -117,7 +126,7 @@ def _written(file: str, stored: tuple[Stored, ...]) -> Written:
     for s in mine:
         schemes[s.kind.name] += s.parameters
     components = tuple(dict.fromkeys(component(s.source) for s in mine))
-    return Written(file, ROLES[file], components, sum(schemes.values()), dict(sorted(schemes.items())))
+    return Written(file, role_of(file), components, sum(schemes.values()), dict(sorted(schemes.items())))
 
 
 def _stock(spec: ModelSpec) -> tuple[str, ...]:

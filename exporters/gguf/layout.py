@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vlmedge.exporters.gguf.ggml import F16, F32, GgmlType, fitting, wanted
@@ -82,10 +82,43 @@ class Stored:
         return self.kind.size((self.rows, self.columns))
 
 
-def layout(spec: ModelSpec, plan: Mapping[str, Scheme]) -> tuple[Stored, ...]:
-    """Return every tensor of every file, in the order of `spec.tensors()`."""
+def layout(spec: ModelSpec, plan: Mapping[str, Scheme], max_part: int) -> tuple[Stored, ...]:
+    """Return every tensor of every file, in the order of `spec.tensors()`.
+
+    Tensors of text.gguf that exceed `max_part` bytes together go to text-00001-of-0000N.gguf and so on, which
+    llama.cpp opens by the first; mtmd opens single files only, so mmproj.gguf is never cut.
+    """
     padded = mlp_width(spec, plan)
-    return tuple(s for name, shape in spec.tensors().items() for s in _store(spec, name, shape, plan[name], padded))
+    stored = [s for name, shape in spec.tensors().items() for s in _store(spec, name, shape, plan[name], padded)]
+    parts: list[int] = []
+    for s in stored:
+        if s.file == TEXT:
+            if not parts or parts[-1] + s.bytes > max_part:
+                parts.append(0)
+            parts[-1] += s.bytes
+    return tuple(stored) if len(parts) < 2 else tuple(_numbered(stored, max_part, len(parts)))
+
+
+def _numbered(stored: list[Stored], max_part: int, parts: int) -> Iterator[Stored]:
+    number, size = 1, 0
+    for s in stored:
+        if s.file != TEXT:
+            yield s
+            continue
+        if size and size + s.bytes > max_part:
+            number, size = number + 1, 0
+        size += s.bytes
+        yield replace(s, file=part_name(number, parts))
+
+
+def role_of(file: str) -> str:
+    """What a file is for: "text", "mmproj" or "heads"."""
+    return file.removesuffix(".gguf").partition("-")[0]
+
+
+def part_name(number: int, parts: int) -> str:
+    """The name of one part of text.gguf, counted from 1, as llama.cpp's `llama_split_path` writes it."""
+    return f"{TEXT.removesuffix('.gguf')}-{number:05d}-of-{parts:05d}.gguf"
 
 
 def mlp_width(spec: ModelSpec, plan: Mapping[str, Scheme]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmedge.errors import UnsupportedError
-from vlmedge.exporters.gguf.container import Value
+from vlmedge.exporters.gguf.container import Value, Value16, ValueI32
 from vlmedge.exporters.gguf.layout import mlp_width
 from vlmedge.exporters.gguf.template import chat_template
 from vlmedge.exporters.gguf.vocabulary import Vocabulary
@@ -50,6 +50,19 @@ def check_vision(spec: ModelSpec) -> None:
             raise UnsupportedError(f"gguf: mtmd's projector 'mlp' computes gelu_tanh, the {where} has {activation}")
     if vision.channels != 3:
         raise UnsupportedError(f"gguf: mtmd reads pictures of 3 channels, the vision tower has {vision.channels}")
+
+
+def parts_metadata(whole: Mapping[str, Value], tensors: Sequence[int]) -> list[dict[str, Value]]:
+    """The key-values of each part of a model that has so many tensors in each: the first carries everything.
+
+    Types as llama.cpp's loader reads them (`LLM_KV_SPLIT_*`, src/llama-model-loader.cpp).
+    """
+    if len(tensors) == 1:
+        return [dict(whole)]
+    count = {"split.count": Value16(len(tensors)), "split.tensors.count": ValueI32(sum(tensors))}
+    first = {**whole, "split.no": Value16(0), **count}
+    architecture_only = {"general.architecture": whole["general.architecture"]}
+    return [first, *({**architecture_only, "split.no": Value16(i), **count} for i in range(1, len(tensors)))]
 
 
 def text_metadata(spec: ModelSpec, vocabulary: Vocabulary) -> dict[str, Value]:

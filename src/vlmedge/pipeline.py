@@ -15,7 +15,7 @@ from typing import Any
 
 from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
 from vlmedge.errors import VerificationError
-from vlmedge.exporters import EXPORTERS, Encoding, ExportJob, Written
+from vlmedge.exporters import EXPORTERS, MAX_PART, Encoding, ExportJob, Written
 from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model, open_original
 from vlmedge.manifest import describe_bundle
 from vlmedge.parity.stages import compare
@@ -23,7 +23,7 @@ from vlmedge.parity.trace import Trace, trace
 from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
-from vlmedge.quant_profiles import QuantProfile, load_profile
+from vlmedge.quant_profiles import QuantProfile, hints, load_profile
 from vlmedge.quant_profiles import plan as schemes_for
 from vlmedge.runtimes import RUNTIMES
 from vlmedge.spec import Shape
@@ -55,13 +55,15 @@ def plan(
     format: str,
     profile: str = "q4",
     *,
+    max_part: int = MAX_PART,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Compute what `export` would write. Reads configs and headers, no weights."""
     exporter, rules = EXPORTERS[format], load_profile(profile)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec))
+    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec), max_part)
+    _tell_hints(rules, found, progress or Progress())
     return Plan(os.fspath(source), format, rules.name, found.spec.tensors(), encodings)
 
 
@@ -73,6 +75,7 @@ def export(
     *,
     verify: bool = True,
     threads: int | None = None,
+    max_part: int = MAX_PART,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -80,7 +83,8 @@ def export(
 
     `source`: a known model, a hub id with optional @revision, a folder, or `demo:NAME`. `profile`: a shipped
     name or the path of a .toml. `out`: the bundle's folder, by default `NAME-PROFILE.FORMAT` here; it must not
-    exist, and appears only when everything, verification included, is done.
+    exist, and appears only when everything, verification included, is done. `max_part`: bytes that a file stays
+    under, where the format can cut it.
     Raises a `VlmedgeError`; VerificationError names the first stage that does not agree with the original.
     """
     progress = progress or Progress()
@@ -88,7 +92,8 @@ def export(
     progress.stage("reading the checkpoint's headers")
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     schemes = schemes_for(rules, found.spec)
-    encodings = exporter.encodings(found.spec, schemes)
+    encodings = exporter.encodings(found.spec, schemes, max_part)
+    _tell_hints(rules, found, progress)
     target = Path(out) if out is not None else Path(f"{short_name(found)}-{rules.name}.{format}")
     with staged(target, int(sum(e.bytes for e in encodings.values()) * _OVERHEAD)) as folder:
         job = ExportJob(
@@ -102,6 +107,7 @@ def export(
             threads=threads or os.cpu_count() or 1,
             progress=lambda _, count: progress.advance(count),
             about=_about(found),
+            max_part=max_part,
         )
         with _hashing(found.checkpoint.files) as hashes:  # beside the work: hashing waits for the disk
             progress.stage("writing weights", sum(t.size for t in found.tensors.values()))
@@ -117,6 +123,11 @@ def short_name(found: Described) -> str:
     """What the model is called in file names: the known name, the repository's or folder's last part."""
     label = found.checkpoint.source.label.partition("@")[0].removeprefix("demo:")
     return Path(os.path.abspath(label)).name or found.family.name
+
+
+def _tell_hints(rules: QuantProfile, found: Described, progress: Progress) -> None:
+    for hint in hints(rules, found.spec):
+        progress.note(hint)
 
 
 def _about(found: Described) -> dict[str, str]:

@@ -44,7 +44,7 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest verb for an unknown one."""
         if args and args[0] not in VERBS and not args[0].startswith("-"):
-            raise click.UsageError(f"unknown command '{args[0]}'{nearest(args[0], VERBS)}")
+            raise click.UsageError(f"unknown command '{args[0]}'{nearest(args[0], VERBS)}", ctx)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,9 +82,6 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stderr.isatty():
             click.echo(err=True)  # after the terminal's own ^C
         _fail("interrupted; nothing was left behind", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as `| head` does
-        sys.exit(141)
     except MemoryError:
         _fail("out of memory; a smaller profile or fewer --threads needs less", 1)
 

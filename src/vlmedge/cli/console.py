@@ -30,19 +30,15 @@ def threads_option(function: F) -> F:
     return click.option("--threads", type=click.IntRange(1, 1024), help="Default: the physical cores.")(function)
 
 
-class OneOf(click.ParamType):
-    """One of a few words; for any other the nearest is suggested."""
+def one_of(*words: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    """An option's callback: one of a few words; for any other the nearest is suggested."""
 
-    name = "word"
-
-    def __init__(self, *words: str) -> None:
-        self.words = words
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Check the word."""
-        if value not in self.words:
-            self.fail(f"unknown word '{value}'{nearest(str(value), self.words)}", param, ctx)
+    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+        if value is not None and value not in words:
+            raise click.BadParameter(f"unknown word '{value}'{nearest(value, words)}", ctx, param)
         return value
+
+    return check
 
 
 def print_json(data: Any) -> None:
@@ -95,13 +91,14 @@ class _Shown(Progress):
     """Progress as rich bars; each finished stage leaves a line."""
 
     def __init__(self, bars: Any) -> None:
-        self._bars, self._task, self._text = bars, None, ""
+        self._bars = bars
+        self._task: Any = None
 
     def stage(self, text: str, total: int | None = None) -> None:
         """Start the stage's bar."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._text, self._task = text, self._bars.add_task(text, total=total)
+        self._task = self._bars.add_task(text, total=total)
 
     def advance(self, steps: int) -> None:
         """Move the bar."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmedge.cli.console import OneOf, json_option, print_json, quiet_option, shown, threads_option
+from vlmedge.cli.console import json_option, one_of, print_json, quiet_option, shown, threads_option
 from vlmedge.cli.options import pickle_option
 from vlmedge.errors import UsageError
 
@@ -24,7 +24,7 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.argument("image")
 @click.argument("question", required=False)
 @click.option("--image", "more", multiple=True, metavar="FILE", help="One more picture; may be repeated.")
-@click.option("--skill", type=OneOf(*SKILLS), metavar="|".join(SKILLS), help="[default: query, or caption]")
+@click.option("--skill", callback=one_of(*SKILLS), metavar="|".join(SKILLS), help="[default: query, or caption]")
 @click.option("--object", "thing", metavar="NAME", help="What to detect or point at.")
 @click.option("--length", default="normal", show_default=True, metavar="short|normal|long", help="Of a caption.")
 @click.option("--reasoning", is_flag=True, help="Think before answering, where the release can.")
@@ -33,8 +33,15 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 )
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
-@click.option("--memory", type=OneOf("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
-@click.option("--dtype", type=OneOf("f32", "bf16", "f16"), default="f32", show_default=True, help="Of the original.")
+@click.option("--memory", callback=one_of("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
+@click.option(
+    "--dtype",
+    callback=one_of("f32", "bf16", "f16"),
+    default="f32",
+    metavar="f32|bf16|f16",
+    show_default=True,
+    help="Of the original.",
+)
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N")
 @click.option("--temperature", type=click.FloatRange(0, 1e6), default=0.0, show_default=True, metavar="T")
 @click.option("--seed", type=click.IntRange(0), metavar="S")
@@ -125,8 +132,8 @@ class Request:
             return model.chat([{"role": "user", "content": [*self.pictures, self.text]}], **self.sampling)
         picture = self.pictures[0] if self.pictures else None
         if self.skill == "query":
-            references = {"reasoning": self.reasoning, "spatial_refs": self.refs}
-            return model.query(picture, self.text, **references, **self.sampling)
+            refs, reasoning = self.refs, self.reasoning
+            return model.query(picture, self.text, reasoning=reasoning, spatial_refs=refs, **self.sampling)
         assert picture is not None
         if self.skill == "caption":
             return model.caption(picture, self.length, **self.sampling)
@@ -142,7 +149,7 @@ def _request(image: str, question: str | None, options: dict[str, Any]) -> Reque
     pictures = tuple(picture_path(name) for name in (image, *options["more"]) if name != "-")
     skill = options["skill"] or ("query" if question else "caption")
     refs = tuple(_numbers(text, (2, 4), "--ref") for text in options["refs"])
-    eye = options["eye"] and _numbers(options["eye"], (2,), "--eye")
+    eye: Any = None if options["eye"] is None else _numbers(options["eye"], (2,), "--eye")
     text = (question if skill == "query" else options["thing"] or question) or ""
     if skill != "query" and len(pictures) != 1:
         raise UsageError(f"{skill} takes exactly one picture, not {len(pictures)}")

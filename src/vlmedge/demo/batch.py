@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vlmedge import imaging
-from vlmedge.demo.questions import Question, questions
+from vlmedge.demo.questions import Question, find, questions
 from vlmedge.demo.scene import COLORS, KINDS, Scene, draw, scene
 from vlmedge.session import F32, U8, Grid
 from vlmedge.spec import Ids, Image, ModelSpec, References, Text
@@ -141,12 +141,17 @@ def _find(made: Branch, scene: Scene, question: Question, stop: int) -> None:
     made.next_token[-1] = stop
 
 
-def batch(spec: ModelSpec, words: Tokenizer, scenes: list[Scene], length: int, seed: int | None = None) -> Batch:
-    """Pack the scenes' questions (shuffled by `seed`, as many as fit) into sequences of at most `length`."""
+def batch(
+    spec: ModelSpec, words: Tokenizer, scenes: list[Scene], length: int, seed: int | None = None, extra: int = 0
+) -> Batch:
+    """Pack the scenes' questions into sequences of at most `length`; with a `seed`, shuffled, and as many as fit.
+
+    `extra`: so many more things to find in each picture.
+    """
     crops = [imaging.crop(draw(s), spec.image) for s in scenes]
     tiled = [(i, c.tiling) for i, c in enumerate(crops) if c.tiling != (1, 1)]
     pixels = np.concatenate([np.stack([c.pixels[0] for c in crops]), *(crops[i].pixels[1:] for i, _ in tiled)])
-    rows = [_fill(spec, words, s, length, seed) for s in scenes]
+    rows = [_fill(spec, words, s, length, seed, extra) for s in scenes]
     prefix = 1 + spec.image_tokens
     longest = prefix + max(sum(map(len, row)) for row in rows)
     made = _empty(len(scenes), -(-longest // 8) * 8, prefix)
@@ -158,22 +163,26 @@ def batch(spec: ModelSpec, words: Tokenizer, scenes: list[Scene], length: int, s
     return made
 
 
-def step_batch(spec: ModelSpec, words: Tokenizer, seed: int, step: int, size: int, length: int) -> Batch:
+def step_batch(
+    spec: ModelSpec, words: Tokenizer, seed: int, step: int, size: int, length: int, extra: int = 0
+) -> Batch:
     """The batch of one training step."""
     scenes = [scene(seed, step * size + i) for i in range(size)]
-    return batch(spec, words, scenes, length, seed)
+    return batch(spec, words, scenes, length, seed, extra)
 
 
-def _fill(spec: ModelSpec, words: Tokenizer, scene: Scene, length: int, seed: int | None) -> list[Branch]:
-    asked = [branch(spec, words, scene, q) for q in questions(scene)]
+def _fill(spec: ModelSpec, words: Tokenizer, scene: Scene, length: int, seed: int | None, extra: int) -> list[Branch]:
+    asked = list(questions(scene))
     if seed is None:
-        return asked
+        return [branch(spec, words, scene, q) for q in asked]
     rng = np.random.default_rng((seed, scene.index, 3))
+    asked += [find(scene, rng, "detect" if i % 2 == 0 else "point") for i in range(extra)]
     room, taken = length - 1 - spec.image_tokens, []
     for i in rng.permutation(len(asked)):
-        if len(asked[i]) <= room:
-            taken.append(asked[i])
-            room -= len(asked[i])
+        made = branch(spec, words, scene, asked[i])
+        if len(made) <= room:
+            taken.append(made)
+            room -= len(made)
     return taken
 
 

@@ -1,4 +1,4 @@
-"""A trained state as a checkpoint folder under upstream's tensor names: `python -m vlmedge.demo.export TRAINING OUT`."""
+"""A training as a checkpoint folder under upstream's tensor names: `python -m vlmedge.demo.export TRAINING OUT`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmedge.reference.model import Reference, canonical
 
 
 def write_checkpoint(model: Reference, recipe: Path, folder: Path) -> None:
-    """Write config.json and tokenizer.json of `recipe` and model.safetensors (bf16) as the 2025-06-21 release has them."""
+    """Write what the 2025-06-21 release has: `recipe`'s config.json and tokenizer.json, model.safetensors in bf16."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(recipe / name, folder / name)

@@ -34,13 +34,10 @@ class Losses:
     right: Tensor
     owners: Tensor
 
-    def total(self, progress: float, dense_weight: float) -> Tensor:
-        """The weighted sum at this point of the schedule (0..1).
-
-        The auxiliary loss fades out; coordinates and sizes count double in the second half, when words are learnt.
-        """
+    def total(self, late: bool, dense_weight: float) -> Tensor:
+        """The weighted sum; coordinates and sizes count double `late` in the schedule."""
         region = 0.15 * self.coordinate + 0.1 * self.size
-        return self.language + (2 if progress > 0.48 else 1) * region + dense_weight * (1 - progress) * self.dense
+        return self.language + (2 if late else 1) * region + dense_weight * self.dense
 
 
 class Dense(nn.Linear):

@@ -45,7 +45,7 @@ def questions(scene: Scene) -> tuple[Question, ...]:
     found += [_color(scene, rng), _shape(scene, rng), _where(scene, rng), _present(scene, rng), _absent(scene, rng)]
     found += [caption(scene, length) for length in LENGTHS]
     for skill in ("detect", "detect", "point"):
-        found.append(_find(scene, rng, skill))
+        found.append(find(scene, rng, skill))
     return tuple(dict.fromkeys(q for q in found if q is not None))
 
 
@@ -73,6 +73,16 @@ def matching(scene: Scene, text: str) -> tuple[int, ...]:
         return (not colors or thing.color in colors) and (not kinds or thing.kind in kinds)
 
     return tuple(i for i, thing in enumerate(scene.things) if fits(thing))
+
+
+def find(scene: Scene, rng: np.random.Generator, skill: Skill) -> Question:
+    """A thing, or several, to find; sometimes there is none."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    if rng.random() < 0.08:
+        text = f"{_pick(rng, tuple(COLORS))} {_pick(rng, KINDS)}"
+    else:
+        text = ("shape", thing.kind, f"{thing.color} shape", thing.name)[int(rng.integers(4))]
+    return Question(skill, skill, text, (), matching(scene, text))
 
 
 def _at(thing: Thing) -> str:
@@ -157,12 +167,3 @@ def _absent(scene: Scene, rng: np.random.Generator) -> Question | None:
     near += [f"{a.color} {b.kind}" for a in scene.things for b in scene.things] * 3
     absent = [what for what in near if not matching(scene, what)]
     return Question("exist", "query", f"Is there a {_pick(rng, absent)}?", ("no",)) if absent else None
-
-
-def _find(scene: Scene, rng: np.random.Generator, skill: Skill) -> Question:
-    thing = scene.things[int(rng.integers(len(scene.things)))]
-    if rng.random() < 0.08:
-        text = f"{_pick(rng, tuple(COLORS))} {_pick(rng, KINDS)}"
-    else:
-        text = ("shape", thing.kind, f"{thing.color} shape", thing.name)[int(rng.integers(4))]
-    return Question(skill, skill, text, (), matching(scene, text))

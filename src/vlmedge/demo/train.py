@@ -27,6 +27,7 @@ from vlmedge.demo.team import Team
 from vlmedge.reference.model import Reference
 
 HELD_OUT = 1_000_003  # the seed of the pictures that training never sees
+LATE = 0.5  # of the schedule: words are learnt by then, and finding things gets more weight and more questions
 _log = logging.getLogger(__name__)
 
 
@@ -99,10 +100,9 @@ class Trainer:
 
     def draw(self) -> Batch:
         """This process's share of the next step's pictures."""
-        share = self.plan.pictures // self.team.size
-        return step_batch(
-            self.spec, self.words, self.plan.seed, self.step * self.team.size + self.team.rank, share, self.plan.length
-        )
+        share, turn = self.plan.pictures // self.team.size, self.step * self.team.size + self.team.rank
+        extra = 3 if self.progress > LATE else 0
+        return step_batch(self.spec, self.words, self.plan.seed, turn, share, self.plan.length, extra)
 
     def learn(self) -> Losses:
         """One step, together with the other processes."""
@@ -114,7 +114,7 @@ class Trainer:
             group["lr"] = rate
         with TrainingAttention(), torch.autocast("cpu", torch.bfloat16):
             found = losses(self.model, self.dense, drawn)
-            total = found.total(progress, self.plan.dense)
+            total = found.total(progress > LATE, self.plan.dense * (1 - progress))
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self.team.average(self.parameters())

@@ -22,8 +22,14 @@ from vlmedge.spec import ModelSpec
 _BATCH = 512  # llama.cpp's own piece of a long prompt
 
 
+def text_file(folder: Path) -> Path:
+    """text.gguf, or the first of its parts: llama.cpp finds the others by their names."""
+    parts = sorted(folder.glob("text-00001-of-*.gguf"))
+    return parts[0] if parts else folder / "text.gguf"
+
+
 class LlamaCppSession:
-    """A `Session` over a folder with text.gguf, mmproj.gguf and, where the model has region heads, heads.gguf."""
+    """A `Session` over text.gguf (or its parts), mmproj.gguf and, where the model has region heads, heads.gguf."""
 
     runtime = "llamacpp"
 
@@ -44,7 +50,7 @@ class LlamaCppSession:
         """
         self._spec, self._memory, self._kv_type = spec, memory, kv_type
         self._threads = threads or physical_cores()
-        text, mmproj = GgufFile(folder / "text.gguf"), GgufFile(folder / "mmproj.gguf")
+        text, mmproj = GgufFile(text_file(folder)), GgufFile(folder / "mmproj.gguf")
         heads = GgufFile(folder / "heads.gguf") if spec.region or spec.projector.joins_global else None
         self._native = load_native()
         with ExitStack() as opened:

@@ -1,0 +1,81 @@
+"""How many questions of unseen pictures each profile's export answers as it should, beside the original.
+
+    python benchmarks/demo_accuracy.py [--pictures 500] [--profiles f32 q8 ...]
+
+Prints a Markdown table (docs/profiles.md holds one) and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import vlmedge
+from vlmedge.quant_profiles import profile_names
+
+SOURCE = "demo:moondream2"
+ORDER = ("f32", "f16", "q8", "q6", "q5", "q4", "q4_0", "q3")
+
+
+def measure(name: str, folder: str, pictures: int, threads: int) -> dict[str, Any]:
+    """Export one profile ("original": none), ask everything, and return what came of it."""
+    from vlmedge.demo.evaluate import evaluate, unseen
+
+    start, row = time.perf_counter(), {"profile": name}
+    source: str | Path = SOURCE
+    if name != "original":
+        bundle = vlmedge.export(SOURCE, "gguf", name, Path(folder) / name, threads=threads)
+        source = bundle.path
+        row |= {"mb": bundle.bytes / 1e6, "bits_per_weight": bundle.manifest.profile.bits_per_weight}
+        row["logits_rms"] = bundle.manifest.verification["stages"][-1]["relative_rms"]
+    with vlmedge.load(source, threads=threads) as model:
+        row |= evaluate(model, unseen(pictures)).as_dict()
+    return row | {"seconds": time.perf_counter() - start}
+
+
+def main() -> None:
+    """Measure all, two processes on two cores, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=500)
+    parser.add_argument("--profiles", nargs="*", default=[*(n for n in ORDER if n in profile_names())])
+    given = parser.parse_args()
+    names = ["original", *given.profiles]
+    with tempfile.TemporaryDirectory() as folder:
+        # A thread each: small models lose more by waiting for a second thread than they win.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(measure, name, folder, given.pictures, 1): name for name in names}
+            for future in as_completed(futures):
+                row = future.result()
+                print(
+                    f"{row['profile']}: {row['exact']:.2%} exact, {row['seconds']:.0f} s", file=sys.stderr, flush=True
+                )
+        rows = sorted((f.result() for f in futures), key=lambda row: names.index(row["profile"]))
+    base = rows[0]
+    print(f"{given.pictures} pictures, {base['questions']} questions\n")
+    print(
+        "| profile | MB | bits per weight | logits, relative RMS | exact answers | boxes, mean IoU | box hits | point hits |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        size = (
+            f"{row['mb']:.1f} | {row['bits_per_weight']:.2f} | {row['logits_rms']:.1e}"
+            if "mb" in row
+            else "7.9 (bf16) | 16 | -"
+        )
+        print(
+            f"| {row['profile']} | {size} | {row['exact']:.2%} | {row['mean_iou']:.3f} | {row['detect_hits']:.2%} | "
+            f"{row['point_hits']:.2%} |"
+        )
+    print(json.dumps({"pictures": given.pictures, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
