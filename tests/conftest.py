@@ -61,7 +61,7 @@ def cli(capfd) -> Callable[..., Done]:
 def succeed(cli) -> Callable[..., Done]:
     """Run a command line that must succeed."""
 
-    def run(*arguments: object) -> Done:
+    def run(*arguments: object) -> Any:
         done = cli(*arguments)
         assert done.code == 0, done.err
         return done

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ MATRIX = "model.region.coord_decoder.fc1.weight"
 def export_refused(refused, tmp_path):
     """Export a folder that must be refused; nothing may be left in the output's place."""
 
-    def run(folder: Path, *more: str, code: int = 1) -> str:
+    def run(folder: Path, *more: str, code: int = 1) -> Any:
         place = tmp_path / "place"
         line = refused(
             "export", folder, "--format", "gguf", "--f32", "--no-verify", "--out", place / "x", *more, code=code
@@ -30,7 +31,7 @@ def export_refused(refused, tmp_path):
     return run
 
 
-def shards(forgery, first: str = "a.safetensors") -> Path:
+def shards(forgery, first: str = "a.safetensors") -> Any:
     """The forgery's weights under the name of a shard, with an index."""
     folder = forgery.write()
     (folder / "model.safetensors").rename(folder / first)
@@ -187,7 +188,7 @@ def edited(folder: Path, **changes: object) -> Path:
 def bundle_refused(refused, photo):
     """Both verbs that open bundles must refuse one, in the same words."""
 
-    def run(folder: Path) -> str:
+    def run(folder: Path) -> Any:
         line = refused("run", folder, photo, "What?")
         assert refused("inspect", folder) == line
         return line

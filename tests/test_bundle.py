@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -23,7 +24,7 @@ REGENERATE = f'python -c "{CODE}" > src/vlmedge/bundle.schema.json'
 
 
 @pytest.fixture
-def manifest(bundle) -> dict:
+def manifest(bundle) -> Any:
     return json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
 
 
@@ -37,7 +38,7 @@ def test_a_manifest_fits_the_schema(manifest):
     jsonschema.validate(manifest, schema, jsonschema.Draft202012Validator)
 
 
-def damages(manifest: dict):
+def damages(manifest: dict[str, Any]):
     """Manifests with one fault each."""
     for path in ((), ("model",), ("model", "decoder"), ("files", 0), ("profile",)):
         wrong = copy.deepcopy(manifest)
@@ -127,11 +128,11 @@ def test_numbers_of_the_components(manifest):
 
 
 @pytest.fixture
-def vectors(bundle) -> dict:
+def vectors(bundle) -> Any:
     return json.loads((bundle / "selftest.json").read_text(encoding="utf-8"))
 
 
-def from_formula(words: str, height: int, width: int) -> np.ndarray:
+def from_formula(words: str, height: int, width: int) -> Any:
     """The picture that the sentence describes: its right-hand side is an expression in x, y and c."""
     expression, _, rest = words.partition(" = ")[2].partition(", ")
     assert rest == "as unsigned integers, modulo 256"

@@ -125,7 +125,7 @@ def cut(picture: np.ndarray, words: dict[str, Any]) -> tuple[tuple[int, int], np
     """`tiling`: the grid and all crops."""
     tiling = words["tiling"]
     size, window, margin = tiling["size"], tiling["window"], tiling["margin"]
-    rows, columns = tiling_rule(*picture.shape[:2], tiling)
+    rows, columns = tiling_rule(picture.shape[0], picture.shape[1], tiling)
     canvas = resize(picture, rows * window + 2 * margin, columns * window + 2 * margin, words["resize"])
     crops = [resize(picture, size, size, words["resize"])]
     for row in range(rows):

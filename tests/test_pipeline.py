@@ -108,7 +108,7 @@ def test_export_in_words(golden, tmp_path, succeed):
 
 
 @pytest.fixture
-def hollow(golden, tmp_path) -> Path:
+def hollow(golden, tmp_path) -> Any:
     """The golden checkpoint with its header alone: the weights are a hole."""
     folder = tmp_path / "tiny-mha"
     shutil.copytree(golden, folder, ignore=shutil.ignore_patterns("fp32", "*.npz", "results*"))
