@@ -28,7 +28,7 @@ quick *options:
 # speed: run on a quiet machine
 bench:
     {{python}} benchmarks/startup.py
-    {{python}} benchmarks/export_size.py
+    {{python}} benchmarks/export_size.py --work /tmp/vlmedge-size
     {{python}} benchmarks/runtime_overhead.py
 
 fix:

@@ -42,7 +42,7 @@ def damages(manifest: dict[str, Any]):
     """Manifests with one fault each."""
     for path in ((), ("model",), ("model", "decoder"), ("files", 0), ("profile",)):
         wrong = copy.deepcopy(manifest)
-        table = wrong
+        table: Any = wrong
         for key in path:
             table = table[key]
         name = sorted(table)[-1]

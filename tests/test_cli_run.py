@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -147,3 +148,15 @@ def test_lean_memory_answers_the_same(succeed, bundle, photo):
 def test_the_original_in_other_types(succeed, golden, photo):
     for dtype in ("bf16", "f16"):
         succeed("run", golden, photo, "What?", "--threads", 1, "--max-tokens", 2, "--dtype", dtype)
+
+
+@pytest.mark.slow
+def test_the_demo(succeed):
+    """Export, then the same questions to the export and to the original."""
+    done = succeed("demo", "--threads", 1)
+    assert done.err == ""
+    counts = re.search(r"right: exported (\d+) of (\d+), original (\d+) of \d+\n$", done.out)
+    assert counts is not None
+    exported, of, original = map(int, counts.groups())
+    assert exported >= of * 0.9
+    assert original >= of * 0.9

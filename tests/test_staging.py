@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -133,12 +135,9 @@ def begun(file: Path) -> bool:
 
 
 @pytest.fixture
-def long_export(golden, tmp_path):
-    """A process that has begun to write the bundle `tmp_path/place/x` and needs seconds more: 330 million weights.
-
-    The weights are a hole in a file: zeros that take no space.
-    """
-    folder, out = tmp_path / "big", tmp_path / "place/x"
+def hollow(golden, tmp_path) -> Any:
+    """A checkpoint of 330 million weights that are a hole in a file: zeros that take no space."""
+    folder = tmp_path / "big"
     folder.mkdir()
     shutil.copy(golden / "tokenizer.json", folder)
     config = json.loads((golden / "config.json").read_text())
@@ -152,17 +151,21 @@ def long_export(golden, tmp_path):
         source = table.source_of(name)
         shapes[source] = [shape[0] + shapes.get(source, [0])[0], *shape[1:]]
     header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, size = end, 2
-        for n in shape:
-            size *= n
-        end += size
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for source, whole in shapes.items():
+        begin, end = end, end + 2 * math.prod(whole)
+        header[source] = {"dtype": "BF16", "shape": whole, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    words = ["export", folder, "--format", "gguf", "--q4", "--no-verify", "--threads", "1", "--out", out]
+    return folder
+
+
+@pytest.fixture
+def long_export(hollow, tmp_path):
+    """A process that has begun to write the bundle `tmp_path/place/x` and needs seconds more."""
+    out = tmp_path / "place/x"
+    words = ["export", hollow, "--format", "gguf", "--q4", "--no-verify", "--threads", "1", "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "vlmedge", *words],
         stderr=subprocess.PIPE,
@@ -173,7 +176,7 @@ def long_export(golden, tmp_path):
     )
     deadline = time.monotonic() + 120
     while not begun(out.parent / ".x.partial/text.gguf"):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield process, out

@@ -102,7 +102,7 @@ def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary
                 kinds[s.kind.file_type] += s.parameters if len(s.shape) > 1 else 0
         if kinds:
             general = {"general.name": job.name, "general.file_type": max(kinds, key=lambda k: (kinds[k], -k))}
-            whole = first | general | {"general.quantization_version": 2} | about | rest
+            whole: dict[str, Any] = first | general | {"general.quantization_version": 2} | about | rest
             out |= dict(zip(files, parts_metadata(whole, list(files.values())), strict=True))
     return out
 

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from vlmedge.cli.console import megabytes, shown
+from vlmedge.cli.console import megabytes, print_table, shown, threads_option
+
+if TYPE_CHECKING:
+    from vlmedge.skills import Model
 
 
 @click.command("demo")
 @click.option("--out", metavar="DIR", help="Keep the bundle here [default: a temporary folder].")
-def command(out: str | None) -> None:
-    """Export demo:moondream2 to GGUF q4 and ask it, and the original, about the shipped pictures."""
+@threads_option
+def command(out: str | None, threads: int | None) -> None:
+    """Export demo:moondream2 to GGUF q4 and ask it, and the original where it can run, about the shipped pictures."""
     import tempfile
 
-    from vlmedge.demo import demo_questions
-    from vlmedge.loading import load
+    from vlmedge.loading import load, missing_for
     from vlmedge.pipeline import export
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
         folder = Path(out) if out else Path(temporary) / "moondream2-q4.gguf"
-        with shown(False) as progress:
-            bundle = export("demo:moondream2", "gguf", "q4", folder, progress=progress)
-        click.echo(f"exported demo:moondream2 to GGUF q4: {megabytes(bundle.bytes)}")
-        with load(bundle.path) as model:
-            for picture, question, expected in demo_questions():
-                answer = model.query(picture, question)
-                click.echo(f"{picture.name}: {question} -> {answer.text} (right: {expected}; {model.session.runtime})")
+        progress = stack.enter_context(shown(False))
+        bundle = export("demo:moondream2", "gguf", "q4", folder, threads=threads, progress=progress)
+        models = {"exported": stack.enter_context(load(bundle.path, threads=threads))}
+        if missing_for("checkpoint") is None:
+            models["original"] = stack.enter_context(load("demo:moondream2", threads=threads))
+        progress.stage("asking")
+        rows, right = _ask(models)
+        title = f"demo:moondream2 as GGUF q4, {megabytes(bundle.bytes)}"
+    print_table(title, ("picture", "question", "right answer", *models), rows)
+    click.echo("right: " + ", ".join(f"{name} {count} of {len(rows)}" for name, count in right.items()))
+
+
+def _ask(models: dict[str, Model]) -> tuple[list[tuple[str, ...]], dict[str, int]]:
+    """One row per question, and how many each model answers right."""
+    from vlmedge.demo import demo_answers, demo_picture
+
+    rows, right = [], dict.fromkeys(models, 0)
+    for entry in demo_answers():
+        for task in (task for task in entry["tasks"] if task["skill"] == "query"):
+            picture = demo_picture(entry["picture"])
+            answers = {name: model.query(picture, task["text"]).text.strip() for name, model in models.items()}
+            rows.append((entry["picture"], task["text"], task["answers"][0], *answers.values()))
+            for name, answer in answers.items():
+                right[name] += answer in task["answers"]
+    return rows, right
