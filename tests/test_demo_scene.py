@@ -41,9 +41,9 @@ def test_most_pictures_are_one_crop_and_a_part_several():
 def test_a_person_can_tell_places_and_order():
     for s in SCENES:
         centers = [t.box.center for t in s.things]
-        assert all(b[0] - a[0] >= 0.05 for a, b in itertools.pairwise(centers))
+        assert all(b[0] - a[0] >= 0.07 for a, b in itertools.pairwise(centers))
         for x, y in centers:
-            assert min(abs(v - line) for v in (x, y) for line in (1 / 3, 2 / 3)) >= 0.035
+            assert min(abs(v - line) for v in (x, y) for line in (1 / 3, 2 / 3)) >= 0.05
 
 
 @pytest.mark.parametrize("index", [0, 3, 8, 21, 40, 77])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -65,6 +65,7 @@ def load(
     threads: int | None = None,
     *,
     memory: Memory = "fast",
+    context: int | None = None,
     dtype: str = "f32",
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -72,24 +73,43 @@ def load(
     """Open a bundle (or a checkpoint: then the original in PyTorch answers) and return a model with its skills.
 
     `runtime`: a name of `RUNTIMES`, by default the one for the bundle's format. `threads`: by default the
-    physical cores. `memory`: see `runtimes.Opening`. `dtype`: the original's, "f32", "bf16" or "f16".
+    physical cores. `memory`: see `runtimes.Opening`. `context`: positions to keep memory for, by default all that
+    the model has. `dtype`: the original's, "f32", "bf16" or "f16".
     """
     folder = Path(source)
     if is_bundle(folder) or (folder.is_dir() and not (folder / "config.json").is_file()):
-        return open_model(open_bundle(folder), runtime, threads, memory=memory)
+        return open_model(open_bundle(folder), runtime, threads, memory=memory, context=context)
     chosen = runtime or _runtime_for("checkpoint")
     if RUNTIMES[chosen].loads != "checkpoint":
         raise UsageError(
             f"the runtime '{chosen}' runs {RUNTIMES[chosen].loads} bundles; {source} is a checkpoint: export it first"
         )
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    return open_original(found, threads, dtype=dtype, runtime=chosen)
+    return open_original(found, threads, dtype=dtype, context=context, runtime=chosen)
 
 
-def open_original(found: Described, threads: int | None = None, *, dtype: str = "f32", runtime: str = "torch") -> Model:
+def open_original(
+    found: Described,
+    threads: int | None = None,
+    *,
+    dtype: str = "f32",
+    context: int | None = None,
+    runtime: str = "torch",
+) -> Model:
     """Open a described checkpoint itself; raises MissingExtraError where PyTorch is not installed."""
-    opening = Opening(found.spec, tensors=found.tensors, threads=threads, dtype=dtype)
-    return Model(found.spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
+    spec = with_context(found.spec, context)
+    opening = Opening(spec, tensors=found.tensors, threads=threads, dtype=dtype)
+    return Model(spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
+
+
+def with_context(spec: ModelSpec, context: int | None) -> ModelSpec:
+    """The model with a shorter context, whose KV cache takes less memory; raises UsageError for one that cannot be."""
+    if context is None:
+        return spec
+    least, most = spec.image_tokens + 2, spec.decoder.context
+    if not least <= context <= most:
+        raise UsageError(f"the context can be {least} (a picture and a word) to {most} positions, not {context}")
+    return replace(spec, decoder=replace(spec.decoder, context=context))
 
 
 def missing_for(loads: str) -> str | None:
@@ -98,7 +118,12 @@ def missing_for(loads: str) -> str | None:
 
 
 def open_model(
-    bundle: Bundle, runtime: str | None = None, threads: int | None = None, *, memory: Memory = "fast"
+    bundle: Bundle,
+    runtime: str | None = None,
+    threads: int | None = None,
+    *,
+    memory: Memory = "fast",
+    context: int | None = None,
 ) -> Model:
     """Open a bundle's model with a runtime that runs its format."""
     manifest = bundle.manifest
@@ -110,10 +135,9 @@ def open_model(
     if missing is not None:
         raise RuntimeFailedError(f"{bundle.path} cannot be run here: {missing}")
     tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
-    opening = Opening(
-        manifest.model, folder=bundle.path, threads=threads, memory=memory, kv_cache=manifest.profile.kv_cache
-    )
-    return Model(manifest.model, entry.open(opening), tokenizer)
+    spec, kv_cache = with_context(manifest.model, context), manifest.profile.kv_cache
+    opening = Opening(spec, folder=bundle.path, threads=threads, memory=memory, kv_cache=kv_cache)
+    return Model(spec, entry.open(opening), tokenizer)
 
 
 def _runtime_for(loads: str) -> str:

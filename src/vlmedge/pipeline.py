@@ -16,10 +16,11 @@ from typing import Any
 from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
 from vlmedge.errors import VerificationError
 from vlmedge.exporters import EXPORTERS, MAX_PART, Encoding, ExportJob, Written
-from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model, open_original
+from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model
 from vlmedge.manifest import describe_bundle
+from vlmedge.parity.original import judge
 from vlmedge.parity.stages import compare
-from vlmedge.parity.trace import Trace, trace
+from vlmedge.parity.trace import Trace, needed_context, trace
 from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
@@ -55,14 +56,14 @@ def plan(
     format: str,
     profile: str = "q4",
     *,
-    max_part: int = MAX_PART,
+    max_part: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
     """Compute what `export` would write. Reads configs and headers, no weights."""
     exporter, rules = EXPORTERS[format], load_profile(profile)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec), max_part)
+    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec), max_part or MAX_PART)
     _tell_hints(rules, found, progress or Progress())
     return Plan(os.fspath(source), format, rules.name, found.spec.tensors(), encodings)
 
@@ -75,7 +76,7 @@ def export(
     *,
     verify: bool = True,
     threads: int | None = None,
-    max_part: int = MAX_PART,
+    max_part: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -84,7 +85,7 @@ def export(
     `source`: a known model, a hub id with optional @revision, a folder, or `demo:NAME`. `profile`: a shipped
     name or the path of a .toml. `out`: the bundle's folder, by default `NAME-PROFILE.FORMAT` here; it must not
     exist, and appears only when everything, verification included, is done. `max_part`: bytes that a file stays
-    under, where the format can cut it.
+    under where the format can cut it, by default 1.4 GB.
     Raises a `VlmedgeError`; VerificationError names the first stage that does not agree with the original.
     """
     progress = progress or Progress()
@@ -92,7 +93,7 @@ def export(
     progress.stage("reading the checkpoint's headers")
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     schemes = schemes_for(rules, found.spec)
-    encodings = exporter.encodings(found.spec, schemes, max_part)
+    encodings = exporter.encodings(found.spec, schemes, max_part or MAX_PART)
     _tell_hints(rules, found, progress)
     target = Path(out) if out is not None else Path(f"{short_name(found)}-{rules.name}.{format}")
     with staged(target, int(sum(e.bytes for e in encodings.values()) * _OVERHEAD)) as folder:
@@ -107,7 +108,7 @@ def export(
             threads=threads or os.cpu_count() or 1,
             progress=lambda _, count: progress.advance(count),
             about=_about(found),
-            max_part=max_part,
+            max_part=max_part or MAX_PART,
         )
         with _hashing(found.checkpoint.files) as hashes:  # beside the work: hashing waits for the disk
             progress.stage("writing weights", sum(t.size for t in found.tensors.values()))
@@ -173,7 +174,7 @@ def _verified(
         outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
     else:
         progress.stage("recording self-test vectors")
-        with open_model(open_bundle(folder), threads=threads) as model:
+        with open_model(open_bundle(folder), threads=threads, context=needed_context(found.spec)) as model:
             ours = trace(model)
             vectors = record(found.spec, tokenizer, model, ours)
         outcome = _compared(ours, found, tolerance, threads, progress) if verify else {}
@@ -194,8 +195,7 @@ def _compared(
     if missing is not None:
         return {"verified": False, "reason": missing}
     progress.stage("comparing with the original")
-    with open_original(found, threads) as original:
-        result = compare(ours, trace(original))
+    result = compare(ours, judge(found.spec, found.tensors, ours, threads))
     failing = result.failing(tolerance)
     if failing is not None:
         raise VerificationError(

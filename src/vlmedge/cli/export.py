@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, quiet_option, shown, threads_option
-from vlmedge.cli.options import chosen_profile, format_option, pickle_option, profile_options
+from vlmedge.cli.options import chosen_profile, format_option, part_option, pickle_option, profile_options
 
 
 @click.command("export")
@@ -18,6 +18,7 @@ from vlmedge.cli.options import chosen_profile, format_option, pickle_option, pr
 @click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE.FORMAT here].")
 @click.option("--no-verify", is_flag=True, help="Do not compare with the original.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, read no weights, write nothing.")
+@part_option
 @pickle_option
 @threads_option
 @quiet_option
@@ -29,6 +30,7 @@ def command(
     out: str | None,
     no_verify: bool,
     dry_run: bool,
+    max_part: int | None,
     allow_pickle: bool,
     threads: int | None,
     quiet: bool,
@@ -40,7 +42,7 @@ def command(
     if dry_run:
         from vlmedge.cli.plan import show_plan
 
-        show_plan(source, format_, profile, allow_pickle, quiet, as_json)
+        show_plan(source, format_, profile, max_part, allow_pickle, quiet, as_json)
         return
     from vlmedge.measure import peak_rss_mb
     from vlmedge.pipeline import export
@@ -54,6 +56,7 @@ def command(
             out,
             verify=not no_verify,
             threads=threads,
+            max_part=max_part,
             allow_pickle=allow_pickle,
             progress=progress,
         )
@@ -73,5 +76,14 @@ def command(
             }
         )
         return
-    verified = "agrees with the original" if manifest.verification.get("verified") else "not verified"
-    click.echo(f"{bundle.path}: {megabytes(bundle.bytes)}, {bits:.2f} bits per weight, {verified}, {seconds:.1f} s")
+    outcome = _outcome(manifest.verification)
+    click.echo(f"{bundle.path}: {megabytes(bundle.bytes)}, {bits:.2f} bits per weight, {outcome}, {seconds:.1f} s")
+
+
+def _outcome(verification: dict[str, Any]) -> str:
+    """What came of verification, in a few words: judged where the profile has tolerances, measured where it has none."""
+    if not verification.get("verified"):
+        return "not verified"
+    logits = verification["stages"][-1]["relative_rms"]
+    word = "agrees" if verification["tolerance"] else "compared"
+    return f"{word} with the original (logits {logits:.1e})"

@@ -12,6 +12,7 @@ from vlmedge.quant_profiles import profile_names
 
 F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_PROFILE = "q4"
+LEAST_PART = 1_000_000
 
 
 def format_option(function: F) -> F:
@@ -22,11 +23,32 @@ def format_option(function: F) -> F:
 def profile_options(function: F) -> F:
     """Add --quant NAME|FILE.toml and a flag for every shipped profile."""
     for name in reversed(profile_names()):
-        flag = click.option(f"--{name.replace('_', '-')}", f"profile_{name}", is_flag=True, help=f"Profile {name}.")
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        flag = click.option(*spellings, f"profile_{name}", is_flag=True, help=f"Profile {name}.")
         function = flag(function)
     return click.option(
         "--quant", metavar="NAME|FILE.toml", help=f"A quantization profile [default: {DEFAULT_PROFILE}]."
     )(function)
+
+
+def part_option(function: F) -> F:
+    """Add --max-part."""
+    text = "Cut files of more bytes, where the format can; K, M and G count [default: 1.4G]."
+    return click.option("--max-part", "max_part", metavar="SIZE", callback=_size, help=text)(function)
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """Bytes of a size such as 512M."""
+    if value is None:
+        return None
+    number, unit = (value[:-1], value[-1].upper()) if value[-1:].isalpha() else (value, "")
+    try:
+        size = int(float(number) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < LEAST_PART:
+        raise UsageError(f"--max-part takes a size of at least 1M, such as 512M or 1.4G, not '{value}'")
+    return size
 
 
 def pickle_option(function: F) -> F:

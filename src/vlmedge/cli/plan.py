@@ -7,29 +7,39 @@ from typing import Any
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, print_table, quiet_option, shown
-from vlmedge.cli.options import chosen_profile, format_option, pickle_option, profile_options
+from vlmedge.cli.options import chosen_profile, format_option, part_option, pickle_option, profile_options
 
 
 @click.command("plan")
 @click.argument("source")
 @format_option
 @profile_options
+@part_option
 @pickle_option
 @quiet_option
 @json_option
 def command(
-    source: str, format_: str, quant: str | None, allow_pickle: bool, quiet: bool, as_json: bool, **flags: Any
+    source: str,
+    format_: str,
+    quant: str | None,
+    max_part: int | None,
+    allow_pickle: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Print every tensor of SOURCE with its shape, encoding and bytes, and the total."""
-    show_plan(source, format_, chosen_profile(quant, flags), allow_pickle, quiet, as_json)
+    show_plan(source, format_, chosen_profile(quant, flags), max_part, allow_pickle, quiet, as_json)
 
 
-def show_plan(source: str, format_: str, profile: str, allow_pickle: bool, quiet: bool, as_json: bool) -> None:
+def show_plan(
+    source: str, format_: str, profile: str, max_part: int | None, allow_pickle: bool, quiet: bool, as_json: bool
+) -> None:
     """Compute and print a plan."""
     from vlmedge.pipeline import plan
 
     with shown(quiet) as progress:
-        found = plan(source, format_, profile, allow_pickle=allow_pickle, progress=progress)
+        found = plan(source, format_, profile, max_part=max_part, allow_pickle=allow_pickle, progress=progress)
     if as_json:
         tensors = [
             {

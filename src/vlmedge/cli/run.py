@@ -32,8 +32,10 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
     "--ref", "refs", multiple=True, metavar="X,Y[,X2,Y2]", help="A point or box (0..1) the question is about."
 )
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
+@click.option("--face", metavar="X,Y,X2,Y2", help="Instead: a face box, from which eyes are drawn and averaged.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
 @click.option("--memory", callback=one_of("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
+@click.option("--context", type=click.IntRange(1), metavar="N", help="Positions to keep memory for [default: all].")
 @click.option(
     "--dtype",
     callback=one_of("f32", "bf16", "f16"),
@@ -57,6 +59,7 @@ def command(
     question: str | None,
     runtime: str | None,
     memory: Any,
+    context: int | None,
     dtype: str,
     threads: int | None,
     draw: str | None,
@@ -81,7 +84,16 @@ def command(
         check_output(Path(draw))
     with shown(quiet or as_json) as progress:
         progress.stage(f"opening {source}")
-        model = load(source, runtime, threads, memory=memory, dtype=dtype, allow_pickle=allow_pickle, progress=progress)
+        model = load(
+            source,
+            runtime,
+            threads,
+            memory=memory,
+            context=context,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
     with model:
         answer = request.ask(model)
     if draw is not None:
@@ -124,6 +136,7 @@ class Request:
     reasoning: bool
     refs: tuple[Any, ...]
     eye: tuple[float, float] | None
+    face: tuple[float, float, float, float] | None
     sampling: dict[str, Any]
 
     def ask(self, model: Model) -> Answer:
@@ -138,8 +151,7 @@ class Request:
         if self.skill == "caption":
             return model.caption(picture, self.length, **self.sampling)
         if self.skill == "gaze":
-            assert self.eye is not None
-            return model.gaze(picture, self.eye, **self.sampling)
+            return model.gaze(picture, self.eye, face=self.face, **self.sampling)
         return (model.detect if self.skill == "detect" else model.point)(picture, self.text, **self.sampling)
 
 
@@ -150,6 +162,7 @@ def _request(image: str, question: str | None, options: dict[str, Any]) -> Reque
     skill = options["skill"] or ("query" if question else "caption")
     refs = tuple(_numbers(text, (2, 4), "--ref") for text in options["refs"])
     eye: Any = None if options["eye"] is None else _numbers(options["eye"], (2,), "--eye")
+    face: Any = None if options["face"] is None else _numbers(options["face"], (4,), "--face")
     text = (question if skill == "query" else options["thing"] or question) or ""
     if skill != "query" and len(pictures) != 1:
         raise UsageError(f"{skill} takes exactly one picture, not {len(pictures)}")
@@ -157,14 +170,14 @@ def _request(image: str, question: str | None, options: dict[str, Any]) -> Reque
         raise UsageError("--ref and --reasoning go with one picture")
     if skill in ("query", "detect", "point") and not text:
         raise UsageError(f"{skill} needs {'a QUESTION' if skill == 'query' else '--object NAME'}")
-    if skill == "gaze" and not eye:
-        raise UsageError("gaze needs --eye X,Y")
+    if skill == "gaze" and (eye is None) == (face is None):
+        raise UsageError("gaze needs --eye X,Y or --face X,Y,X2,Y2")
     for picture in pictures:
         check_picture(picture)
     sampling: dict[str, Any] = {key: options[key] for key in ("max_tokens", "temperature", "seed")}
     if options["stream"]:
         sampling["on_token"] = lambda piece: click.echo(piece, nl=False)
-    return Request(skill, pictures, text, options["length"], options["reasoning"], refs, eye, sampling)
+    return Request(skill, pictures, text, options["length"], options["reasoning"], refs, eye, face, sampling)
 
 
 def _numbers(text: str, counts: tuple[int, ...], option: str) -> tuple[float, ...]:

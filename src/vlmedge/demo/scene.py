@@ -23,8 +23,8 @@ BACKGROUNDS = ("plain", "gradient", "noise", "stripes")
 MOST = 5  # shapes in one picture
 
 # A shape's centre keeps this far from the lines between left, middle and right, so that a person can tell.
-_BAND = 0.035
-_ORDER_GAP = 0.05  # between the centres' x, so that "from left to right" has one meaning
+_BAND = 0.05
+_ORDER_GAP = 0.07  # between the centres' x, so that "from left to right" has one meaning
 _OVERSAMPLE = 4
 _ARM = 0.32  # half the width of the cross's arms
 _CROSS = (

@@ -1,4 +1,4 @@
-"""Two traces side by side, stage by stage: where do the models part?"""
+"""An export and its original side by side, stage by stage: where do the models part?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmedge.parity.original import Judgement, Original
 from vlmedge.parity.trace import Reading, Trace
 from vlmedge.session import F32
 
@@ -48,8 +49,8 @@ class Comparison:
         return data
 
 
-def compare(ours: Trace, original: Trace) -> Comparison:
-    """Compare two traces of one model."""
+def compare(ours: Trace, original: Original) -> Comparison:
+    """Compare an export's trace with what the original makes of the same inputs."""
     readings = ((ours.small, original.small), (ours.stitched, original.stitched))
     pairs = {
         "pixels": [(ours.pixels, original.pixels)],
@@ -60,7 +61,7 @@ def compare(ours: Trace, original: Trace) -> Comparison:
     stages = tuple(StageResult(name, *max(difference(a, b) for a, b in arrays)) for name, arrays in pairs.items())
     partings = [_parting(a, b) for a, b in readings]
     first = next((p for p in partings if p is not None), None)
-    total = sum(len(reading.tokens) for _, reading in readings)
+    total = sum(len(reading.tokens) for reading, _ in readings)
     return Comparison(stages, total, first[0] if first else None, first[1] if first else False)
 
 
@@ -73,9 +74,9 @@ def difference(ours: F32, theirs: F32) -> tuple[float, float]:
     return float(np.linalg.norm(delta)) / scale, float(np.abs(delta).max(initial=0.0))
 
 
-def _parting(ours: Reading, original: Reading) -> tuple[int, bool] | None:
+def _parting(ours: Reading, original: Judgement) -> tuple[int, bool] | None:
     """Index of the first different token, and whether the original was undecided there."""
-    pairs = zip(ours.tokens, original.tokens, strict=False)
+    pairs = zip(ours.tokens, original.choices, strict=True)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if at is None:
         return None

@@ -11,18 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlmedge import imaging
-from vlmedge.generate import Conversation, Embedded, Prefix
+from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
 from vlmedge.parity import pictures
 from vlmedge.session import F32
 from vlmedge.skills import Model
-from vlmedge.spec import Ids
+from vlmedge.spec import Ids, ModelSpec, PromptSpec
 
 TOKENS = 16
+_PROMPT = 64  # positions that a caption's prompt surely fits
+
+
+def needed_context(spec: ModelSpec) -> int:
+    """Positions that a trace takes, at most the model's own."""
+    return min(spec.decoder.context, spec.image_tokens + 1 + _PROMPT + TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One prefill and the greedy tokens after it. `gaps`: how far the best logit was from the second, per token.
+    """One prefill and the greedy tokens after it.
 
     `projected` float32 [image_tokens, width], `logits` float32 [vocab] of the last prompt position.
     """
@@ -30,7 +36,6 @@ class Reading:
     projected: F32
     logits: F32
     tokens: tuple[int, ...]
-    gaps: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +68,20 @@ def trace(model: Model) -> Trace:
     )
 
 
-def caption_template(model: Model) -> tuple[int, tuple[int, ...]]:
+def caption_ids(prompt: PromptSpec) -> tuple[int, tuple[int, ...]]:
     """The first id and the ids behind the picture of the caption that tests ask for, the shortest there is."""
-    names = [name for name in model.spec.prompt.templates if name.startswith("caption/")]
-    parts = model.spec.prompt.templates["caption/short" if "caption/short" in names else names[0]]
+    names = [name for name in prompt.templates if name.startswith("caption/")]
+    parts = prompt.templates["caption/short" if "caption/short" in names else names[0]]
     first, *rest = (part for part in parts if isinstance(part, Ids))
     return first.ids[0], tuple(i for part in rest for i in part.ids)
 
 
 def _read(model: Model, projected: F32) -> Reading:
     talk = Conversation(model.session, model.spec.decoder.bidirectional_prefix)
-    start, ids = caption_template(model)
+    start, ids = caption_ids(model.spec.prompt)
     model.session.rewind(0)
     talk.begin(Prefix(((start,), Embedded("trace", projected))))
     step = talk.ask([ids])
-    first, rules = step.logits.copy(), model.spec.prompt
-    tokens: list[int] = []
-    gaps: list[float] = []
-    while len(tokens) < TOKENS and not (tokens and tokens[-1] in rules.stop):
-        if tokens:
-            step = talk.ask([(tokens[-1],)])
-            step.logits[list(rules.banned)] = -np.inf
-        second, best = np.partition(step.logits, -2)[-2:]
-        tokens.append(int(np.argmax(step.logits)))
-        gaps.append(float(best - second))
-    return Reading(projected, first, tuple(tokens), tuple(gaps))
+    logits, rules = step.logits.copy(), model.spec.prompt
+    out = generate(talk, step, stop=rules.stop, banned=rules.banned, max_tokens=TOKENS, sampler=Sampler())
+    return Reading(projected, logits, out.ids)

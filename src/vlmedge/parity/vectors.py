@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmedge import imaging
 from vlmedge.parity import pictures
-from vlmedge.parity.trace import Reading, Trace, caption_template
+from vlmedge.parity.trace import Reading, Trace, caption_ids
 from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32
 from vlmedge.skills import Model
@@ -66,7 +66,7 @@ def record(spec: ModelSpec, tokenizer: Tokenizer, model: Model | None, found: Tr
     if model is not None and found is not None:
         vectors["recorded_with"] = model.session.runtime
         vectors["model"] = {
-            "prompt_ids": list(caption_template(model)[1]),
+            "prompt_ids": list(caption_ids(spec.prompt)[1]),
             "features": {"picture": 0, "crop": 0, **_sample(found.features)},
             "local_features": {"picture": 1, "crop": 1, **_sample(found.local)},
             "small": {"input": "picture 0", **_reading(found.small, tokenizer)},

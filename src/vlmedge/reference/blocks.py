@@ -100,9 +100,17 @@ class Tower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[n, 3, size, size] -> [n, tokens, width]."""
-        x = self.patch(pixels).flatten(2).transpose(1, 2) + self.position
+        x = self.patches(pixels)
         for layer in self.layers:
             x = layer(x)
+        return self.normed(x)
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """What goes into the first layer."""
+        return cast(Tensor, self.patch(pixels).flatten(2).transpose(1, 2) + self.position)
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What comes of the last layer's output."""
         return x if self.post_norm is None else cast(Tensor, self.post_norm(x))
 
 

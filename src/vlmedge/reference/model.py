@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlmedge.reference.blocks import Decoder, Region, Tower, projector
+from vlmedge.reference.blocks import Decoder, Region, Tower, projector, rope_table
 from vlmedge.session import F32
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import Tensor
@@ -30,26 +30,26 @@ def build(spec: ModelSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype, de
     """Build the model and read every tensor into it, block by block, in `dtype`."""
     with torch.device("meta"):
         model = Reference(spec)
-    rope = model.decoder.rope.shape
     model = model.to_empty(device=device).to(dtype).eval().requires_grad_(False)
-    from vlmedge.reference.blocks import rope_table
-
-    model.decoder.rope = rope_table(spec.decoder).to(device)
-    assert model.decoder.rope.shape == rope
-    for name, parameter in model.named_parameters():
-        target = parameter.data.view(parameter.shape[0], -1) if parameter.ndim > 1 else parameter.data.view(1, -1)
-        row = 0
-        for source in sources(name):
-            tensor = tensors[source]
-            if parameter.ndim == 1:
-                values = torch.from_numpy(tensor.read())
-                target[0, row : row + values.numel()] = values.to(dtype)
-                row += values.numel()
-                continue
-            for block in tensor.blocks():
-                target[row : row + len(block)] = torch.from_numpy(block).to(dtype)
-                row += len(block)
+    model.decoder.rope = rope_table(spec.decoder).to(device)  # not a parameter, and float32 in every dtype
+    fill(model, tensors)
     return model
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Read canonical tensors into a module whose parameters are named `prefix` + their own name."""
+    for name, parameter in module.named_parameters():
+        target = parameter.data.view(parameter.shape[0], -1) if parameter.ndim > 1 else parameter.data.view(1, -1)
+        at = 0
+        for source in sources(prefix + name):
+            for block in tensors[source].blocks():
+                values = torch.from_numpy(block).to(parameter.dtype)
+                if parameter.ndim > 1:
+                    target[at : at + len(values)] = values
+                    at += len(values)
+                else:
+                    target[0, at : at + values.numel()] = values[0]
+                    at += values.numel()
 
 
 def sources(name: str) -> list[str]:
