@@ -60,9 +60,8 @@ def main() -> None:
         rows = sorted((f.result() for f in futures), key=lambda row: names.index(row["profile"]))
     base = rows[0]
     print(f"{given.pictures} pictures, {base['questions']} questions\n")
-    print(
-        "| profile | MB | bits per weight | logits, relative RMS | exact answers | boxes, mean IoU | box hits | point hits |"
-    )
+    columns = ("profile", "MB", "bits per weight", "logits, relative RMS", "exact answers", "mean IoU", "box hits")
+    print(f"| {' | '.join(columns)} | point hits |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         size = (

@@ -1,4 +1,4 @@
-"""Grouped-query attention (fewer key and value heads than query heads) and f32 shards, from checkpoint to GGUF tokens."""
+"""Grouped-query attention (fewer key and value heads) and f32 shards, from checkpoint to GGUF tokens."""
 
 import json
 from pathlib import Path

@@ -81,7 +81,7 @@ def command(
 
 
 def _outcome(verification: dict[str, Any]) -> str:
-    """What came of verification, in a few words: judged where the profile has tolerances, measured where it has none."""
+    """What came of verification: judged where the profile has tolerances, measured where it has none."""
     if not verification.get("verified"):
         return "not verified"
     logits = verification["stages"][-1]["relative_rms"]
