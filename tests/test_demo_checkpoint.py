@@ -123,7 +123,7 @@ def test_the_shipped_pictures_are_the_gallery(tmp_path):
 @pytest.mark.slow
 def test_the_checkpoint_sees():
     scenes = unseen(40)
-    with vlmedge.load("demo:moondream2") as model:
+    with vlmedge.load("demo:moondream2", threads=1) as model:
         score = evaluate(model, scenes)
     assert score.exact >= 0.93
     assert score.mean_iou >= 0.75
@@ -133,6 +133,6 @@ def test_the_checkpoint_sees():
 
 def test_the_shipped_pictures_are_answered():
     asked = list(demo.demo_questions())
-    with vlmedge.load("demo:moondream2") as model:
+    with vlmedge.load("demo:moondream2", threads=1) as model:
         right = sum(model.query(str(picture), question).text == answer for picture, question, answer in asked)
     assert right >= 0.9 * len(asked)

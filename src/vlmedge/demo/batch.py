@@ -67,9 +67,10 @@ class Batch:
     """Arrays of B pictures in sequences of T positions, the prefix (BOS and image tokens) first.
 
     `crops` uint8 [n, size, size, 3]: B global crops, then the local ones of the pictures in `tiled`, (picture,
-    grid) each. `branch` [B, T] numbers the questions (0 the prefix, -1 padding). `cells` [B, tokens] holds the
-    thing on each patch (-1 none), `kinds`, `colors` [B, tokens] its classes (0 none), `geometry` [B, tokens, 4]
-    its centre relative to the patch, in patches, and its log2 size.
+    grid) each. `ids`, `modes`, `values` [B, T(, 2)] and `next_*` are those of `Branch`. `positions` [B, T] restart
+    after the prefix for every question; `branch` [B, T] numbers them (0 the prefix, -1 padding). For the auxiliary
+    head, patch by patch: `kinds`, `colors` [B, tokens] of the thing on it (0 none), `geometry` [B, tokens, 4] its
+    centre relative to the patch's, in patches, and its log2 width and height.
     """
 
     crops: U8
