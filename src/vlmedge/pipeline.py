@@ -174,7 +174,9 @@ def _verified(
         outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
     else:
         progress.stage("recording self-test vectors")
-        with open_model(open_bundle(folder), threads=threads, context=needed_context(found.spec)) as model:
+        context = needed_context(found.spec)
+        # Lean: converting must not need more memory than running does.
+        with open_model(open_bundle(folder), threads=threads, memory="lean", context=context) as model:
             ours = trace(model)
             vectors = record(found.spec, tokenizer, model, ours)
         outcome = _compared(ours, found, tolerance, threads, progress) if verify else {}

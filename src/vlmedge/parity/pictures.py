@@ -26,10 +26,12 @@ def pattern(height: int, width: int) -> U8:
 
 def features(crops: int, tokens: int, width: int) -> F32:
     """The numbers of `FEATURES`: float32 [crops, tokens, width], evenly spread, RMS 1 as a normed tower's are."""
-    index = np.arange(crops * tokens * width, dtype=np.uint64)
-    hashed = ((index * 2654435761) & 0xFFFFFFFF) >> 8
-    values: F32 = (hashed.astype(np.float64) / (1 << 23) * 1.7 - 1.7).astype(np.float32)
-    return values.reshape(crops, tokens, width)
+    out = np.empty((crops, tokens, width), np.float32)
+    for crop, values in enumerate(out):  # crop by crop: the integers are twice as wide as what comes of them
+        index = np.arange(crop * tokens * width, (crop + 1) * tokens * width, dtype=np.uint64)
+        hashed = ((index * 2654435761) & 0xFFFFFFFF) >> 8
+        values[:] = (hashed.astype(np.float64) / (1 << 23) * 1.7 - 1.7).reshape(tokens, width)
+    return out
 
 
 def sizes(spec: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -44,7 +44,8 @@ class LlamaCppSession:
     ) -> None:
         """Open the bundle's files. `threads`: None for the physical cores.
 
-        `memory`: "fast" reads the decoder's weights into the layout that computes fastest; "lean" maps the file.
+        `memory`: "fast" reads the decoder's weights into the layout that computes fastest; "lean" maps the file, and
+        holds the tower (which mtmd cannot map) only while it encodes.
         Raises BundleError for a file that is missing, truncated or of another model, RuntimeFailedError where
         the native library fails.
         """
@@ -58,8 +59,11 @@ class LlamaCppSession:
             opened.callback(self._matmuls.close)
             self._decoder = self._open_decoder(text.path)
             opened.callback(self._decoder.close)
-            self._tower = VisionTower(self._native, mmproj.path, self._decoder.model, spec.vision, self._threads)
+            self._mmproj = mmproj.path
+            self._tower = self._open_tower()
             opened.callback(self._tower.close)
+            if memory == "lean":
+                self._tower.close()  # opened once, so that a file that cannot be used is found now
             self._projector = Projector(self._matmuls, mmproj, heads, spec)
             self._region = RegionHeads(self._matmuls, heads, spec.region.activation) if heads and spec.region else None
             self._text = text
@@ -79,7 +83,13 @@ class LlamaCppSession:
     def vision(self, pixels: U8) -> F32:
         """uint8 [n, size, size, 3] -> float32 [n, tokens, width], after the tower's last norm."""
         self._check_open()
-        return self._tower.encode(pixels)
+        if self._memory == "fast":
+            return self._tower.encode(pixels)
+        tower = self._open_tower()
+        try:
+            return tower.encode(pixels)
+        finally:
+            tower.close()
 
     def project(self, features: F32, tiling: Grid) -> F32:
         """float32 [crops, tokens, width] -> float32 [image_tokens, decoder width]."""
@@ -127,6 +137,9 @@ class LlamaCppSession:
     def _check_open(self) -> None:
         if not self._close.alive:  # native code would read freed memory
             raise ValueError("this session is closed")
+
+    def _open_tower(self) -> VisionTower:
+        return VisionTower(self._native, self._mmproj, self._decoder.model, self._spec.vision, self._threads)
 
     def _open_decoder(self, path: Path) -> Decoder:
         spec = self._spec
