@@ -45,13 +45,9 @@ class Original:
 
 def judge(spec: ModelSpec, tensors: Mapping[str, Tensor], ours: Trace, threads: int | None = None) -> Original:
     """Run the original over the inputs of a trace and over its tokens. Needs PyTorch."""
-    import torch
-
     from vlmedge.reference.streamed import Passage, StreamedReference
 
-    if threads:
-        torch.set_num_threads(threads)
-    model = StreamedReference(spec, tensors)
+    model = StreamedReference(spec, tensors, threads)
     small, large = (imaging.crop(pictures.pattern(*size), spec.image) for size in pictures.sizes(spec.image))
     pixels = imaging.normalise(np.stack([small.pixels[0], large.pixels[1]]), spec.image)
     features = model.vision(pixels)

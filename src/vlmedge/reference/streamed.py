@@ -35,7 +35,9 @@ class Passage:
 class StreamedReference:
     """The blocks of `reference`, float32, with weights read when a layer's turn comes and dropped after it."""
 
-    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], threads: int | None = None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         self._spec, self._tensors = spec, tensors
 
     @torch.inference_mode()
