@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 class Plan:
     """How long and how fast to learn. `minutes` (0: no limit) ends the schedule early where the machine is slow."""
 
-    steps: int = 4500
+    steps: int = 5300
     minutes: float = 0.0
     seed: int = 0
     pictures: int = 48
