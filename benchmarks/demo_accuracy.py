@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import vlmedge
+from vlmedge.demo import demo_folder
 from vlmedge.quant_profiles import profile_names
 
 SOURCE = "demo:moondream2"
+CHECKPOINT_MB = sum(path.stat().st_size for path in demo_folder("moondream2").glob("*.safetensors")) / 1e6
 ORDER = ("f32", "f16", "q8", "q6", "q5", "q4", "q4_0", "q3")
 
 

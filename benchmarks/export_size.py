@@ -1,6 +1,6 @@
 """Export at real size: wall time and memory of a 2B checkpoint to q4, beside llama.cpp's two-step way in the same run.
 
-    python benchmarks/export_size.py --work /tmp/size --convert LLAMA_CPP/convert_hf_to_gguf.py
+    python benchmarks/export_size.py --convert LLAMA_CPP/convert_hf_to_gguf.py
 
 Weights are random, seeded, made block by block on disk. llama.cpp's way: its converter makes an f16 GGUF of a
 phi-2-shaped checkpoint with as many weights (it has no converter for moondream2), then `llama_model_quantize` makes
@@ -20,6 +20,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,9 +43,23 @@ def main() -> None:
     if options.step:
         _step(options)
         return
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
-    ours, theirs = work / "moondream2", work / "phi-2"
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
+    # A folder of our own inside, so that nothing of the user's is removed with it.
+    options.work = Path(tempfile.mkdtemp(prefix="export-size-", dir=options.work))
+    try:
+        result = _compare(options)
+    finally:
+        if options.keep:
+            _say(f"kept: {options.work}")
+        else:
+            shutil.rmtree(options.work)
+    print(json.dumps(result))
+
+
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured."""
+    ours, theirs = options.work / "moondream2", options.work / "phi-2"
     weights = make_moondream(ours, options.layers, options.seed)
     same = make_phi(theirs, ours, weights, options.seed)
     result: dict[str, Any] = {"weights": weights, "weights_two_step": same, "threads": options.threads}
@@ -58,9 +73,7 @@ def main() -> None:
         result["ratio_export"] = round(result["export"]["seconds"] / two_steps, 3)
     _say(f"one pass {result['exporter']['seconds']:.1f} s, two steps {two_steps:.1f} s, ratio {result['ratio']}")
     _say(f"peak RSS {result['exporter']['peak_rss_mb']:.0f} MB")
-    if not options.keep:
-        shutil.rmtree(work)
-    print(json.dumps(result))
+    return result
 
 
 def make_moondream(folder: Path, layers: int, seed: int) -> int:
@@ -157,7 +170,9 @@ def _tokenizer() -> dict[str, Any]:
 def _timed(options: argparse.Namespace, step: str) -> dict[str, float]:
     """Run one step in a process of its own; return its seconds, its peak RSS and the bytes that it left."""
     os.sync()
-    command = [sys.executable, __file__, *sys.argv[1:], "--step", step, "--started", str(time.time())]
+    # Of two --work the last counts.
+    command = [sys.executable, __file__, *sys.argv[1:], "--work", str(options.work), "--step", step]
+    command += ["--started", str(time.time())]
     log = options.work / f"{step}.log"
     with log.open("w") as file:
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, text=True)
@@ -199,9 +214,7 @@ def _exporter(source: Path, out: Path, options: argparse.Namespace) -> None:
     spec = FAMILY.spec(checkpoint)
     tensors, profile = FAMILY.weights(spec).bind(checkpoint.tensors), load_profile(options.profile)
     out.mkdir()
-    job = ExportJob(
-        spec, tensors, profile, plan(profile, spec), FAMILY.tokenizer(checkpoint), "random", out, options.threads
-    )
+    job = ExportJob(spec, tensors, plan(profile, spec), FAMILY.tokenizer(checkpoint), "random", out, options.threads)
     EXPORTERS["gguf"].write(job)
 
 
@@ -276,14 +289,16 @@ def _quantize(source: Path, out: Path, threads: int) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and exports, about 15 GB")
+    parser.add_argument(
+        "--work", type=Path, help="where checkpoints and exports go, about 15 GB [default: the system's]"
+    )
     parser.add_argument("--convert", type=Path, help="llama.cpp's convert_hf_to_gguf.py")
     parser.add_argument("--layers", type=int, default=0, help="layers of tower and decoder; 0: the real number")
     parser.add_argument("--profile", default="q4")
     parser.add_argument("--whole", action="store_true", help="time the whole command too: hashes, self-test, manifest")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", action="store_true", help="leave the work folder")
+    parser.add_argument("--keep", action="store_true", help="leave checkpoints and exports there")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -159,9 +159,7 @@ def random_model(args: argparse.Namespace) -> tuple[ModelSpec, Path]:
         folder.mkdir(parents=True, exist_ok=True)
         profile = load_profile(args.profile)
         tensors = {name: RandomTensor(shape) for name, shape in spec.tensors().items()}
-        job = ExportJob(
-            spec, tensors, profile, plan(profile, spec), TOKENIZER.read_bytes(), "random", folder, physical_cores()
-        )
+        job = ExportJob(spec, tensors, plan(profile, spec), TOKENIZER.read_bytes(), "random", folder, physical_cores())
         EXPORTERS["gguf"].write(job)
     return spec, folder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlmedge.quant_profiles import QuantProfile, Scheme
+from vlmedge.quant_profiles import Scheme
 from vlmedge.spec import ModelSpec, Shape
 from vlmedge.tensors import Tensor
 
@@ -42,12 +42,11 @@ class ExportJob:
     """One export: the model, its lazily read tensors, a scheme for each, and an existing empty folder to write to.
 
     `progress(canonical name, source elements)` is called as each tensor is done. Files that the format can cut stay
-    under `max_part` bytes.
+    under `max_part` bytes, but for one that a single larger tensor fills.
     """
 
     spec: ModelSpec
     tensors: Mapping[str, Tensor]
-    profile: QuantProfile
     plan: Mapping[str, Scheme]
     tokenizer: bytes
     name: str
@@ -60,16 +59,10 @@ class ExportJob:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One file of an export: its path inside the bundle, the components in it, the bundle's word for its part.
-
-    `parameters` and `bytes` count weights, for bits per weight; `schemes` maps type name -> parameters.
-    """
+    """One file of an export: its path inside the bundle, and the bundle's word for its part."""
 
     path: str
     role: str
-    components: tuple[str, ...]
-    parameters: int
-    schemes: Mapping[str, int]
 
 
 class Exporter(Protocol):

@@ -14,6 +14,8 @@ import pytest
 
 from vlmedge import __version__
 from vlmedge.cli import VERBS, group, main
+from vlmedge.cli.options import FORMATS
+from vlmedge.exporters import EXPORTERS
 from vlmedge.quant_profiles import profile_names
 
 
@@ -251,3 +253,7 @@ def test_a_terminal_sees_progress(golden, tmp_path):
     assert json.loads(stdout)["bundle"] == str(out)
     assert b"writing weights" in shown
     assert Path(out).is_dir()
+
+
+def test_the_formats_in_the_help_are_those_that_exist():
+    assert tuple(EXPORTERS) == FORMATS

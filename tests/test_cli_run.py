@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmedge.cli.demo import check_answers
+from vlmedge.errors import VerificationError
+
 RUN_KEYS = {
     "skill", "text", "tokens", "prompt_tokens", "image_tokens", "crops", "boxes", "points", "finish", "runtime",
     "timings_ms", "peak_rss_mb",
@@ -72,6 +75,32 @@ def test_words_of_every_skill(ask, skill):
 def test_the_skill_follows_from_the_question(ask):
     assert ask("--json").data["skill"] == "caption"
     assert ask("What?", "--json").data["skill"] == "query"
+    assert ask("--eye", "0.4,0.3", "--json").data["skill"] == "gaze"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--reasoning",), "--reasoning goes with --skill query, this is caption"),
+        (("--skill", "detect", "--object", "cat", "--ref", "0.1,0.2"), "--ref goes with --skill query"),
+        (("What?", "--object", "cat"), "--object goes with --skill detect or point, this is query"),
+        (("--object", "cat"), "--object goes with --skill detect or point, this is caption"),
+        (("What?", "--skill", "caption"), "caption takes no QUESTION"),
+        (("What?", "--eye", "0.1,0.2"), "gaze takes no QUESTION"),
+        (("What?", "--length", "short"), "--length goes with --skill caption, this is query"),
+        (("What?", "--skill", "query", "--face", "0.1,0.2,0.3,0.4"), "--face goes with --skill gaze"),
+        (("cat", "--skill", "point", "--object", "cat"), "point takes one name"),
+        (("--face", "0.3,0.2,0.1,0.4"), "--face takes a box with X < X2 and Y < Y2"),
+        (("What?", "--temperature", "1e-310"), "temperature must be 0 (greedy) or at least 0.001"),
+        (("What?", "--dtype", "f32"), "--dtype is for the original"),
+    ],
+)
+def test_options_that_would_be_ignored(refused, bundle, photo, words, says):
+    assert says in refused("run", bundle, photo, *words, code=2)
+
+
+def test_lean_memory_is_for_bundles(refused, golden, photo):
+    assert "--memory lean is for bundles" in refused("run", golden, photo, "What?", "--memory", "lean", code=2)
 
 
 def test_streaming_prints_the_same(ask):
@@ -148,6 +177,13 @@ def test_lean_memory_answers_the_same(succeed, bundle, photo):
 def test_the_original_in_other_types(succeed, golden, photo):
     for dtype in ("bf16", "f16"):
         succeed("run", golden, photo, "What?", "--threads", 1, "--max-tokens", 2, "--dtype", dtype)
+
+
+def test_a_demo_that_answers_worse_fails():
+    check_answers({"exported": 20, "original": 22}, 24)
+    check_answers({"exported": 0}, 24)
+    with pytest.raises(VerificationError, match="the export answers 19 of 24 right and the original 22"):
+        check_answers({"exported": 19, "original": 22}, 24)
 
 
 @pytest.mark.slow

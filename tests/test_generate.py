@@ -5,7 +5,7 @@ import pytest
 
 from tests.fakes import VOCAB, WIDTH, FakeSession
 from vlmedge.answer import Box, Point
-from vlmedge.errors import ContextError
+from vlmedge.errors import ContextError, UsageError
 from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
 from vlmedge.regions import RegionDecoder
 from vlmedge.session import Step
@@ -107,6 +107,11 @@ def test_context_error_gives_the_numbers():
         Conversation(FakeSession(), True).check(64, "the prompt")
 
 
+def test_context_error_names_the_option_where_it_made_the_context_short():
+    with pytest.raises(ContextError, match=r"set to 64 of the model's 2048; give a larger --context, or shorten"):
+        Conversation(FakeSession(), True, 2048).check(64, "the prompt")
+
+
 class TestSampler:
     LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
 
@@ -127,6 +132,18 @@ class TestSampler:
         logits = self.LOGITS.copy()
         logits[0] = -np.inf
         assert 0 not in {Sampler(1.0, 1.0, 0).choose(logits) for _ in range(100)}
+
+    @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), 1e-310, 9e-4, -1.0])
+    def test_temperatures_that_cannot_be_meant(self, temperature):
+        with pytest.raises(UsageError, match=r"temperature must be 0 .* or at least 0\.001, not"):
+            Sampler(temperature)
+
+    def test_a_seed_below_zero(self):
+        with pytest.raises(UsageError, match="seed must be 0 or more, not -1"):
+            Sampler(1.0, seed=-1)
+
+    def test_the_coldest_temperature_works(self):
+        assert {Sampler(1e-3, 1.0, 0).choose(self.LOGITS * 1000) for _ in range(9)} == {0}
 
     def test_frequencies(self):
         sampler = Sampler(1.0, 1.0, 3)

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 import vlmedge
 from vlmedge.checkpoint import open_folder
+from vlmedge.parity.stages import difference
 
 TINY = Path(__file__).parent / "data/moondream2/tiny-mha"
 PICTURES = Path(__file__).parent / "data/moondream2/images"
@@ -49,4 +50,23 @@ def test_export_agrees_with_the_original(folder, tmp_path):
         assert got == wanted
         found, boxes = (m.detect(picture, "cat", max_objects=3).boxes for m in (ours, original))
         for got, wanted in zip(found, boxes, strict=True):
-            assert (got.x_min, got.y_max) == pytest.approx((wanted.x_min, wanted.y_max), abs=2e-3)
+            sides = [(box.x_min, box.y_min, box.x_max, box.y_max) for box in (got, wanted)]
+            assert sides[0] == pytest.approx(sides[1], abs=2e-3)
+
+
+def test_one_shared_head_is_as_good_as_two_equal_ones(folder, tmp_path):
+    """What grouped queries mean, in the words of plain attention: no other model is needed to know it."""
+    config = json.loads((folder / "config.json").read_text())
+    config["config"]["text"]["n_kv_heads"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    arrays = {name: tensor.read() for name, tensor in open_folder(folder).tensors.items()}
+    for name, array in arrays.items():
+        if ".attn.qkv." in name and ".text." in name:
+            q, k, v = np.split(array, [2 * HEAD, 3 * HEAD])
+            arrays[name] = np.concatenate([q, k, k, v, v])
+    save_file(arrays, tmp_path / "model.safetensors")
+    with vlmedge.load(folder, threads=1) as grouped, vlmedge.load(tmp_path, threads=1) as plain:
+        assert (grouped.spec.decoder.kv_heads, plain.spec.decoder.kv_heads) == (1, 2)
+        got, wanted = (m.stages([PICTURES / "big.png"], [1, 304, 2, 303, 3])["logits"] for m in (grouped, plain))
+    assert difference(got, wanted)[0] < 1e-5

@@ -59,6 +59,15 @@ def test_every_room_has_a_row():
     assert {room(m) for m, _ in modules()} - {None} == set(ROW_OF) - {"mlprogram"}
 
 
+def test_the_documented_rows_are_these():
+    block = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
+    rows = [line.split() for line in block.strip().splitlines()]
+    documented = {room for row in ROWS for room in row} - {"mlprogram"}
+    assert [tuple(w for w in row if w in documented) for row in rows] == [
+        tuple(room for room in row if room in documented) for row in ROWS
+    ]
+
+
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda v: v if isinstance(v, str) else "")
 def test_imports_go_down(module, path):
     here = room(module)

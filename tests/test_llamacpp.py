@@ -55,7 +55,7 @@ def bundle(tmp_path_factory) -> Bundle:
     profile = load_profile("f32")
     folder = tmp_path_factory.mktemp("golden")
     EXPORTERS["gguf"].write(
-        ExportJob(spec, tensors, profile, plan(profile, spec), family.tokenizer(checkpoint), "tiny", folder, threads=2)
+        ExportJob(spec, tensors, plan(profile, spec), family.tokenizer(checkpoint), "tiny", folder, threads=2)
     )
     return Bundle(spec, folder, dict(np.load(TINY / "stages.npz")))
 

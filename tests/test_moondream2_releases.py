@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -18,6 +19,7 @@ from vlmedge.families import FAMILIES, family_of, known_models
 from vlmedge.families.moondream2 import STARMIE_REPO
 from vlmedge.families.moondream2_config import read_config
 from vlmedge.families.moondream2_releases import RELEASES, release
+from vlmedge.spec import Text
 from vlmedge.tensors import ArrayTensor
 
 GOLDEN = Path(__file__).parent / "data" / "moondream2" / "tiny-mha"
@@ -187,10 +189,92 @@ def test_a_stale_tokenizer_without_a_way_to_replace_it(tmp_path: Path):
 
 def test_older_releases_keep_their_own(tmp_path: Path):
     checkpoint = _checkpoint(EMPTY, tmp_path, "2025-04-14")
-    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        FAMILY.tokenizer(checkpoint)
     (tmp_path / "tokenizer.json").write_text(STALE)
     assert FAMILY.tokenizer(checkpoint) == STALE.encode()
+
+
+@pytest.mark.parametrize(
+    ("revision", "source"),
+    [("2025-01-09", "2024-08-26"), ("2025-03-27", "2025-01-09"), ("2025-04-14", "2025-01-09")],
+)
+def test_older_releases_fetch_what_upstream_fetched(tmp_path: Path, revision: str, source: str):
+    (tmp_path / "fetched.json").write_text(STALE)
+    asked: list[tuple[str, str, str]] = []
+
+    def fetch(repo: str, at: str, name: str) -> Path:
+        asked.append((repo, at, name))
+        return tmp_path / "fetched.json"
+
+    checkpoint = _checkpoint(EMPTY, tmp_path, revision)
+    with pytest.raises(CheckpointError, match=rf"no tokenizer\.json.*revision {source}.*put that file into the folder"):
+        FAMILY.tokenizer(checkpoint)
+    checkpoint.fetcher = fetch
+    assert FAMILY.tokenizer(checkpoint) == STALE.encode()
+    assert asked == [("vikhyatk/moondream2", source, "tokenizer.json")]
+
+
+def test_an_older_release_refuses_the_newest_tokenizer(tmp_path: Path):
+    checkpoint = _checkpoint(EMPTY, tmp_path, "2025-04-14")
+    starmie = (GOLDEN / "tokenizer.json").read_text(encoding="utf-8")
+    words = r"is starmie of 2025-06-21; put the tokenizer.json of vikhyatk/moondream2@2025-01-09 into the folder$"
+    checkpoint.fetcher = lambda repo, revision, name: GOLDEN / name
+    with pytest.raises(CheckpointError, match=words):
+        FAMILY.tokenizer(checkpoint)
+    (tmp_path / "tokenizer.json").write_text(starmie, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=words):
+        FAMILY.tokenizer(checkpoint)
+
+
+# Shaped like upstream's config_md2.json and config_md05.json, with the ids of both.
+IDS = {
+    "bos_id": 50256,
+    "eos_id": 50256,
+    "templates": {
+        "caption": {"short": [198, 198, 16438, 8305, 25], "normal": [198, 198, 24334, 1159, 25]},
+        "query": {"prefix": [198, 198, 24361, 25], "suffix": [198, 198, 33706, 25]},
+        "detect": {"prefix": [198, 198, 47504, 25], "suffix": [628]},
+        "point": {"prefix": [198, 198, 12727, 25], "suffix": [628]},
+    },
+}
+BIG: dict[str, Any] = {**EMPTY, "config": {"tokenizer": IDS}}
+SMALL: dict[str, Any] = {
+    **EMPTY,
+    "config": {
+        "text": {"dim": 1024, "ff_dim": 4096, "n_layers": 24, "n_heads": 16, "prefix_attn": 730},
+        "vision": {
+            "enc_dim": 720, "enc_n_layers": 27, "enc_ff_dim": 2690, "enc_n_heads": 10,
+            "proj_out_dim": 1024, "proj_inner_dim": 8192,
+        },
+        "region": {"dim": 1024, "inner_dim": 8192},
+        "tokenizer": IDS,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "total"), [(BIG, 1_927_237_104), (SMALL, 631_889_382)], ids=["md2", "md05"])
+def test_upstreams_own_configs_have_the_known_sizes(tmp_path: Path, config: dict[str, Any], total: int):
+    """The small one's fact sheet says 682,270,182: with 32 key heads for 16 heads, which no code can run."""
+    model = FAMILY.spec(_checkpoint(config, tmp_path))
+    assert sum(math.prod(shape) for shape in model.tensors().values()) == total
+    width = model.decoder.width
+    assert model.tensors()["decoder.embed.weight"] == (51200, width)
+    assert model.tensors()["decoder.layers.0.attn.k.weight"] == (width, width)
+    assert model.tensors()["projector.up.weight"] == (8192, 2 * model.vision.width)
+    assert model.tensors()["region.size_decoder.up.weight"] == (8192, width)
+
+
+def test_the_code_beside_upstreams_own_configs_decides(tmp_path: Path):
+    """Their ids fit two releases: the first, and the newest code with its logarithmic sizes."""
+    region = FAMILY.spec(_checkpoint(SMALL, tmp_path)).region
+    assert region is not None
+    assert region.size_scale == "linear"
+    (tmp_path / "config.py").write_text("answer_id: int = 3")
+    model = FAMILY.spec(_checkpoint(SMALL, tmp_path))
+    assert model.region is not None
+    assert model.region.size_scale == "log2"
+    assert Text(" {object}") in model.prompt.templates["detect"]
+    assert model.prompt.stop == (50256,)
+    assert _release(_checkpoint(SMALL, tmp_path, "2025-04-14")) == "2025-04-14"
 
 
 @pytest.mark.parametrize(

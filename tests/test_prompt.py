@@ -46,7 +46,6 @@ def test_references_become_slots():
     segments = render(SPEC, "query", TOKENIZER, question="?", references=[(0.25, 0.5), (0.0, 0.2, 0.5, 0.6)])
     slots = [s for s in segments if isinstance(s, Slot)]
     assert [s.values for s in slots] == [(0.25,), (0.5,), (0.25,), (0.4,), (0.5, pytest.approx(0.4))]
-    assert [s.encoder for s in slots] == ["coord_encoder"] * 4 + ["size_encoder"]
 
 
 def test_gaze_has_two_coordinates():

@@ -23,7 +23,7 @@ from vlmedge.exporters.gguf.metadata import (
 from vlmedge.exporters.gguf.stream import write_files
 from vlmedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from vlmedge.quant_profiles import Scheme
-from vlmedge.spec import ModelSpec, component
+from vlmedge.spec import ModelSpec
 
 REQUIRES = {"llama-cpp-python": ">=0.3.36", "llama.cpp": "the one in that version, or newer"}
 # Where the facts of `ExportJob.about` go; any other is written as general.source.NAME.
@@ -69,7 +69,7 @@ class GgufExporter:
             write_files(job, stored, metadata)
         except OSError as error:
             raise _output_error(job, error) from None
-        return tuple(_written(file, stored) for file in metadata)
+        return tuple(Written(file, role_of(file)) for file in metadata)
 
     def notes(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what a stock app gets) and `notes`, both as sentences."""
@@ -118,15 +118,6 @@ def _output_error(job: ExportJob, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk of {job.out} is full ({reason}); free some space or choose another folder")
     return OutputError(f"cannot write to {job.out}: {reason}")
-
-
-def _written(file: str, stored: tuple[Stored, ...]) -> Written:
-    mine = [s for s in stored if s.file == file]
-    schemes: Counter[str] = Counter()
-    for s in mine:
-        schemes[s.kind.name] += s.parameters
-    components = tuple(dict.fromkeys(component(s.source) for s in mine))
-    return Written(file, role_of(file), components, sum(schemes.values()), dict(sorted(schemes.items())))
 
 
 def _stock(spec: ModelSpec) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ def _check_names(manifest: Manifest) -> None:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `vlmedge.json`, the last file of a bundle."""
-    data = json.dumps(encode(manifest), indent=1, ensure_ascii=False) + "\n"
+    data = json.dumps(encode(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST).write_text(data, encoding="utf-8")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from vlmedge.errors import ContextError
+from vlmedge.errors import ContextError, UsageError
 from vlmedge.session import F32, Session, Step
 
 Finish = Literal["stop", "length"]
+COLDEST = 1e-3  # logits over less than this leave the range of floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,12 @@ class Conversation:
     """The state of one session's KV cache: which prefix it holds, and where a question begins.
 
     A question always starts from the end of the prefix, so an answer does not depend on what was asked before.
+    `longest`: the model's own context, where the session was opened with a shorter one.
     """
 
-    def __init__(self, session: Session, bidirectional_prefix: bool) -> None:
+    def __init__(self, session: Session, bidirectional_prefix: bool, longest: int | None = None) -> None:
         self.session = session
+        self._longest = longest
         self._bidirectional = bidirectional_prefix
         self._held: tuple[str, int] = ("", 0)
 
@@ -55,7 +59,7 @@ class Conversation:
 
         With `every` the prefix is encoded again and its logits are returned.
         """
-        if self._held == (prefix.key, prefix.length) and not every:
+        if self._held == (prefix.key, prefix.length) and self.session.position >= prefix.length and not every:
             self.session.rewind(prefix.length)
             return None
         self._held = ("", 0)
@@ -78,21 +82,36 @@ class Conversation:
 
     def check(self, positions: int, what: str) -> None:
         """Raise ContextError, with the numbers, where a request cannot fit."""
-        if positions >= self.session.context:
-            raise ContextError(
-                f"{what} takes {positions} positions and leaves none for an answer: the model's context is "
-                f"{self.session.context}; shorten the question"
-            )
+        context, longest = self.session.context, self._longest
+        if positions < context:
+            return
+        known, remedy = f"the model's context is {context}", "shorten the question"
+        if longest is not None and context < longest:
+            known = f"the context was set to {context} of the model's {longest}"
+            remedy = "give a larger --context, or shorten the question"
+        raise ContextError(f"{what} takes {positions} positions and leaves none for an answer: {known}; {remedy}")
 
     def _rows(self, parts: Sequence[tuple[int, ...] | Embedded]) -> F32:
         rows = [p.rows if isinstance(p, Embedded) else self.session.embed(np.array(p, np.int32)) for p in parts]
         return np.concatenate(rows)
 
 
+def check_seed(seed: int | None) -> None:
+    """Raise UsageError for a seed that numpy would not take."""
+    if seed is not None and seed < 0:
+        raise UsageError(f"seed must be 0 or more, not {seed}")
+
+
 class Sampler:
-    """Chooses tokens: greedy at temperature 0, else from the smallest set of tokens that holds `top_p`."""
+    """Chooses tokens: greedy at temperature 0, else from the smallest set of tokens that holds `top_p`.
+
+    Raises UsageError for a temperature that is neither 0 nor a number of at least 0.001, or a negative seed.
+    """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
+        if temperature != 0 and not COLDEST <= temperature < math.inf:
+            raise UsageError(f"temperature must be 0 (greedy) or at least {COLDEST}, not {temperature}")
+        check_seed(seed)
         self._temperature, self._top_p = temperature, top_p
         self._random = np.random.default_rng(seed)
 

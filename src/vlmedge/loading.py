@@ -49,7 +49,7 @@ def describe(source: SourceLike, *, allow_pickle: bool = False, progress: Progre
         os.fspath(source),
         known,
         allow_pickle=allow_pickle,
-        quiet=type(progress) is Progress,
+        quiet=progress.quiet,
         demo=lambda name: FOLDERS["demo"](name),
         notice=progress.note,
     )
@@ -76,9 +76,8 @@ def load(
     physical cores. `memory`: see `runtimes.Opening`. `context`: positions to keep memory for, by default all that
     the model has. `dtype`: the original's, "f32", "bf16" or "f16".
     """
-    folder = Path(source)
-    if is_bundle(folder) or (folder.is_dir() and not (folder / "config.json").is_file()):
-        return open_model(open_bundle(folder), runtime, threads, memory=memory, context=context)
+    if names_bundle(source):
+        return open_model(open_bundle(Path(source)), runtime, threads, memory=memory, context=context)
     chosen = runtime or _runtime_for("checkpoint")
     if RUNTIMES[chosen].loads != "checkpoint":
         raise UsageError(
@@ -86,6 +85,12 @@ def load(
         )
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     return open_original(found, threads, dtype=dtype, context=context, runtime=chosen)
+
+
+def names_bundle(source: SourceLike) -> bool:
+    """Tell whether `load` takes it for a bundle; a folder that is neither is taken for a damaged one."""
+    folder = Path(source)
+    return is_bundle(folder) or (folder.is_dir() and not (folder / "config.json").is_file())
 
 
 def open_original(
@@ -99,7 +104,7 @@ def open_original(
     """Open a described checkpoint itself; raises MissingExtraError where PyTorch is not installed."""
     spec = with_context(found.spec, context)
     opening = Opening(spec, tensors=found.tensors, threads=threads, dtype=dtype)
-    return Model(spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
+    return Model(found.spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
 
 
 def with_context(spec: ModelSpec, context: int | None) -> ModelSpec:
@@ -137,7 +142,7 @@ def open_model(
     tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
     spec, kv_cache = with_context(manifest.model, context), manifest.profile.kv_cache
     opening = Opening(spec, folder=bundle.path, threads=threads, memory=memory, kv_cache=kv_cache)
-    return Model(spec, entry.open(opening), tokenizer)
+    return Model(manifest.model, entry.open(opening), tokenizer)
 
 
 def _runtime_for(loads: str) -> str:

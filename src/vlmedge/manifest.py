@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vlmedge import __version__
@@ -20,12 +22,14 @@ from vlmedge.bundle import (
     SourceEntry,
     TokenizerEntry,
 )
+from vlmedge.checkpoint import Checkpoint
 from vlmedge.contract import image_contract, prompt_contract
 from vlmedge.exporters import Encoding
 from vlmedge.loading import Described
 from vlmedge.prompt import skills
 from vlmedge.quant_profiles import QuantProfile
 from vlmedge.records import encode
+from vlmedge.sources import DEMO
 from vlmedge.spec import COMPONENTS, DecoderSpec, ModelSpec, component
 
 _WRITERS = {"gguf": "gguf", "libggml-python": "libggml-python", "llama-cpp-python": "llama-cpp-python"}
@@ -52,7 +56,7 @@ def describe_bundle(
         producer=_producer(),
         model=spec,
         format=format,
-        source=SourceEntry(source.label, source.repo, source.revision, source.commit, dict(hashes)),
+        source=SourceEntry(source_label(found.checkpoint), source.repo, source.revision, source.commit, dict(hashes)),
         licence=licence,
         profile=ProfileEntry(
             profile.name, profile_digest(profile), parameters, _bits(stored, parameters), profile.kv_cache
@@ -69,6 +73,14 @@ def describe_bundle(
         verification={"verified": False, "reason": "the export is not finished"},
         notes=tuple(notes.get("notes") or ()),
     )
+
+
+def source_label(checkpoint: Checkpoint) -> str:
+    """What the user named, or a folder's bare name: a bundle says nothing of where folders lie."""
+    source = checkpoint.source
+    if source.repo or source.label.startswith(DEMO):
+        return source.label
+    return Path(os.path.abspath(checkpoint.folder)).name
 
 
 def component_entries(spec: ModelSpec, encodings: Mapping[str, Encoding]) -> tuple[ComponentEntry, ...]:

@@ -1,7 +1,8 @@
-"""Any picture a user hands over -> RGB uint8 [h, w, 3], as the original reads it.
+"""Any picture a user hands over -> RGB uint8 [h, w, 3], as the original reads it but for 16-bit grey.
 
 What is lost on the way is fixed and stated in every bundle: EXIF orientation and colour profiles are ignored,
-alpha is dropped, an animation gives its first frame, 16 bits become the upper 8.
+alpha is dropped, an animation gives its first frame. 16 bits of grey become the upper 8; the original's
+`convert("RGB")` clips them to 255, which leaves almost nothing of such a picture.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
-from vlmedge.errors import VerificationError
+from vlmedge.errors import CheckpointError, VerificationError
 from vlmedge.exporters import EXPORTERS, MAX_PART, Encoding, ExportJob, Written
 from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model
-from vlmedge.manifest import describe_bundle
+from vlmedge.manifest import describe_bundle, source_label
 from vlmedge.parity.original import judge
 from vlmedge.parity.stages import compare
 from vlmedge.parity.trace import Trace, needed_context, trace
@@ -26,7 +26,7 @@ from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 from vlmedge.quant_profiles import QuantProfile, hints, load_profile
 from vlmedge.quant_profiles import plan as schemes_for
-from vlmedge.runtimes import RUNTIMES
+from vlmedge.sources import DEMO
 from vlmedge.spec import Shape
 from vlmedge.staging import staged
 
@@ -100,7 +100,6 @@ def export(
         job = ExportJob(
             spec=found.spec,
             tensors=found.tensors,
-            profile=rules,
             plan=schemes,
             tokenizer=found.tokenizer,
             name=short_name(found),
@@ -115,15 +114,19 @@ def export(
             written = exporter.write(job)
             (folder / TOKENIZER).write_bytes(found.tokenizer)
             manifest = _manifest(found, rules, format, encodings, written, folder, hashes)
-        manifest = _verified(manifest, found, rules.tolerance, folder, verify, threads, progress)
+        lossless = all(scheme.kind == "float" for scheme in schemes.values())
+        gate = _Gate(rules.tolerance, lossless) if verify else None
+        manifest = _verified(Bundle(folder, manifest), found, gate, threads, progress)
         write_manifest(folder, manifest)
     return open_bundle(target)
 
 
 def short_name(found: Described) -> str:
     """What the model is called in file names: the known name, the repository's or folder's last part."""
-    label = found.checkpoint.source.label.partition("@")[0].removeprefix("demo:")
-    return Path(os.path.abspath(label)).name or found.family.name
+    label = source_label(found.checkpoint)
+    if found.checkpoint.source.repo:
+        label = label.partition("@")[0].rpartition("/")[2]
+    return label.removeprefix(DEMO) or found.family.name
 
 
 def _tell_hints(rules: QuantProfile, found: Described, progress: Progress) -> None:
@@ -156,57 +159,70 @@ def _manifest(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """What an export must keep to: see `Comparison.failing`."""
+
+    tolerance: Mapping[str, float]
+    lossless: bool
+
+
 def _verified(
-    manifest: Manifest,
-    found: Described,
-    tolerance: Mapping[str, float],
-    folder: Path,
-    verify: bool,
-    threads: int | None,
-    progress: Progress,
+    bundle: Bundle, found: Described, gate: _Gate | None, threads: int | None, progress: Progress
 ) -> Manifest:
-    """Open what was written, record its self-test vectors, compare it with the original; both into the manifest."""
-    write_manifest(folder, manifest)
-    tokenizer = Tokenizer(found.tokenizer)
+    """Open what was written, record its self-test vectors, compare it with the original (None: do not).
+
+    The manifest is written by the caller, last of all: a folder that has one is whole.
+    """
+    manifest, folder, tokenizer = bundle.manifest, bundle.path, Tokenizer(found.tokenizer)
     missing = missing_for(manifest.format)
     if missing is not None:
         vectors = record(found.spec, tokenizer, None, None)
         outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
     else:
         progress.stage("recording self-test vectors")
-        context = needed_context(found.spec)
-        # Lean: converting must not need more memory than running does.
-        with open_model(open_bundle(folder), threads=threads, memory="lean", context=context) as model:
-            ours = trace(model)
-            vectors = record(found.spec, tokenizer, model, ours)
-        outcome = _compared(ours, found, tolerance, threads, progress) if verify else {}
-    if not verify:
+        ours, runtime = _traced(bundle, threads)
+        vectors = record(found.spec, tokenizer, runtime, ours)
+        outcome = _compared(ours, found, gate, threads, progress) if gate else {}
+    if gate is None:
         outcome = {"verified": False, "reason": "verification was turned off (--no-verify)"}
     elif not outcome["verified"]:
         progress.note(f"not verified: {outcome['reason']}")
-    text = json.dumps(vectors, ensure_ascii=False, separators=(",", ":")) + "\n"
+    text = json.dumps(vectors, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (folder / SELFTEST).write_text(text, encoding="utf-8")
     files = (*manifest.files, file_entry(folder, SELFTEST, "selftest"))
     return replace(manifest, files=files, verification=outcome)
 
 
-def _compared(
-    ours: Trace, found: Described, tolerance: Mapping[str, float], threads: int | None, progress: Progress
-) -> dict[str, Any]:
-    missing = RUNTIMES["torch"].missing()
+def _traced(bundle: Bundle, threads: int | None) -> tuple[Trace, str]:
+    """What the bundle's own runtime makes of the test inputs, and its name."""
+    context = needed_context(bundle.manifest.model)
+    # Lean: converting must not need more memory than running does.
+    with open_model(bundle, threads=threads, memory="lean", context=context) as model:
+        ours, runtime = trace(model.spec, model.session), model.session.runtime
+    broken = ours.broken()
+    if broken is not None:
+        raise VerificationError(
+            f"the export gives numbers that are not finite at the stage '{broken}'; nothing was written; "
+            "its profile is too coarse for this model, or the checkpoint is damaged"
+        )
+    return ours, runtime
+
+
+def _compared(ours: Trace, found: Described, gate: _Gate, threads: int | None, progress: Progress) -> dict[str, Any]:
+    missing = missing_for("checkpoint")
     if missing is not None:
         return {"verified": False, "reason": missing}
     progress.stage("comparing with the original")
     result = compare(ours, judge(found.spec, found.tensors, ours, threads))
-    failing = result.failing(tolerance)
+    failing = result.failing(gate.tolerance, lossless=gate.lossless)
     if failing is not None:
         raise VerificationError(
-            f"the export does not agree with the original at the stage '{failing.stage}': relative RMS "
-            f"{failing.relative_rms:.1e}, at most {tolerance[failing.stage]:.1e} is allowed; nothing was written "
-            "(--no-verify skips the comparison)"
+            f"the export does not agree with the original at the stage '{failing.stage}': {failing.why}; "
+            "nothing was written (--no-verify skips the comparison)"
         )
     against = "the original in PyTorch, float32"
-    return {"verified": True, "against": against, **result.as_dict(), "tolerance": dict(tolerance)}
+    return {"verified": True, "against": against, **result.as_dict(), "tolerance": dict(gate.tolerance)}
 
 
 @contextmanager
@@ -225,8 +241,11 @@ def _hash_all(paths: tuple[Path, ...], stop: threading.Event) -> dict[str, str]:
     out = {}
     for path in paths:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while not stop.is_set() and (block := file.read(8 << 20)):
-                digest.update(block)
+        try:
+            with path.open("rb") as file:
+                while not stop.is_set() and (block := file.read(8 << 20)):
+                    digest.update(block)
+        except OSError as error:  # of the source; the output's are told as such
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         out[path.name] = digest.hexdigest()
     return out

@@ -6,6 +6,11 @@ from __future__ import annotations
 class Progress:
     """Told of stages and of the steps done in them. This one stays silent."""
 
+    @property
+    def quiet(self) -> bool:
+        """Should libraries that draw progress of their own stay silent too?"""
+        return True
+
     def stage(self, text: str, total: int | None = None) -> None:
         """A stage begins; `total` is its size in steps, where it is known."""
 

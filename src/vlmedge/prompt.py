@@ -39,11 +39,6 @@ class Slot:
 
     values: tuple[float, ...]
 
-    @property
-    def encoder(self) -> str:
-        """The session head that makes its embedding."""
-        return "coord_encoder" if len(self.values) == 1 else "size_encoder"
-
 
 Segment: TypeAlias = "TokenRun | PictureSpan | Slot"
 

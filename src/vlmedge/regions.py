@@ -41,7 +41,7 @@ class RegionDecoder:
         return float(np.power(np.float32(2.0), exponent))
 
     def encoded(self, *values: float) -> Embedded:
-        """The embedding of one coordinate, or of a width and a height."""
+        """The embedding of one coordinate, or of a width and a height; a `prompt.Slot` holds one or the other."""
         head = "coord_encoder" if len(values) == 1 else "size_encoder"
         rows: F32 = self._conversation.session.head(head, np.array(values, np.float32))[None]
         return Embedded(f"{head}:{values}", rows)

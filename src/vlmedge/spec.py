@@ -39,11 +39,6 @@ class VisionSpec:
         """Feature rows of one crop."""
         return self.grid**2
 
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.heads
-
     def tensors(self) -> dict[str, Shape]:
         """Canonical names and shapes."""
         w, m, p = self.width, self.mlp_width, self.patch_size
@@ -235,8 +230,8 @@ class ReasoningSpec:
 class PromptSpec:
     """Templates by name (`caption/short`, `query`, `query/reasoning`, `detect`, `point`, `gaze`) and stop rules.
 
-    `banned` tokens are never chosen after the first token of an answer. `coordinate` and `size` are the
-    token ids whose embeddings spatial references replace.
+    `banned` tokens are never chosen after the first token of an answer. `coordinate` is the token
+    that stands for a coordinate; None where the release has no spatial references.
     """
 
     templates: dict[str, Template]
@@ -246,7 +241,6 @@ class PromptSpec:
     top_p: float
     max_objects: int = 0
     coordinate: int | None = None
-    size: int | None = None
     reasoning: ReasoningSpec | None = None
 
 

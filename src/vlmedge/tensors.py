@@ -96,16 +96,3 @@ class Reshaped(Tensor):
         if self.rows == self._base.rows:
             return self._base.read_rows(start, stop)
         return self._base.read().reshape(self.rows, -1)[start:stop]
-
-
-class Transposed(Tensor):
-    """A matrix transposed; read as a whole."""
-
-    def __init__(self, base: Tensor) -> None:
-        self._base = base
-        self.shape = (base.shape[1], base.shape[0])
-        self.dtype = base.dtype
-
-    def read_rows(self, start: int, stop: int) -> F32:
-        """Rows start..stop as float32."""
-        return np.ascontiguousarray(self._base.read().T[start:stop])

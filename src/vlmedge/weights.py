@@ -11,7 +11,7 @@ import numpy as np
 from vlmedge.errors import CheckpointError
 from vlmedge.session import F32
 from vlmedge.spec import Shape
-from vlmedge.tensors import Reshaped, RowSlice, Tensor, Transposed
+from vlmedge.tensors import Reshaped, RowSlice, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +19,12 @@ class Rule:
     """One line of the table.
 
     `source` is a checkpoint name, `{i}` stands for a layer number; `targets` are the canonical names.
-    Several targets split the source's rows in the proportions of their own shapes, in order. `transpose`
-    swaps the axes of the source first; a target of another shape with as many elements is a reshape.
-    A rule without targets drops the tensor and says `why`.
+    Several targets split the source's rows in the proportions of their own shapes, in order. A target of
+    another shape with as many elements is a reshape. A rule without targets drops the tensor and says `why`.
     """
 
     source: str
     targets: tuple[str, ...] = ()
-    transpose: bool = False
     why: str = ""
 
     def __post_init__(self) -> None:
@@ -83,7 +81,7 @@ class WeightMap:
             for layer in self._layers(rule):
                 targets = [t.replace("{i}", layer) for t in rule.targets]
                 joined = np.concatenate([canonical[t] for t in targets], axis=0)
-                out[self.prefix + rule.source.replace("{i}", layer)] = joined.T if rule.transpose else joined
+                out[self.prefix + rule.source.replace("{i}", layer)] = joined
         return out
 
     def source_of(self, target: str) -> str:
@@ -110,8 +108,6 @@ class WeightMap:
             raise CheckpointError(f"the checkpoint's config has no place for the tensor {name!r} ({unknown[0]})")
         if targets and tensor.dtype not in ("f32", "f16", "bf16"):
             raise CheckpointError(f"{name!r} is stored as {tensor.dtype}; weights must be f32, f16 or bf16")
-        if rule.transpose and len(tensor.shape) == 2:
-            tensor = Transposed(tensor)
         shapes = [self.expected[t] for t in targets]
         if len(targets) == 1:
             if tensor.shape == shapes[0]:

@@ -88,11 +88,16 @@ def shown(quiet: bool) -> Iterator[Progress]:
 
 
 class _Shown(Progress):
-    """Progress as rich bars; each finished stage leaves a line."""
+    """Progress as one rich bar, that of the stage at work; notes stay above it."""
 
     def __init__(self, bars: Any) -> None:
         self._bars = bars
         self._task: Any = None
+
+    @property
+    def quiet(self) -> bool:
+        """The hub may draw its bars too."""
+        return False
 
     def stage(self, text: str, total: int | None = None) -> None:
         """Start the stage's bar."""

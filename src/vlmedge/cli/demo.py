@@ -9,16 +9,23 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmedge.cli.console import megabytes, print_table, shown, threads_option
+from vlmedge.errors import VerificationError
 
 if TYPE_CHECKING:
     from vlmedge.skills import Model
+
+
+WORSE = 2  # right answers that quantization may cost on the shipped pictures
 
 
 @click.command("demo")
 @click.option("--out", metavar="DIR", help="Keep the bundle here [default: a temporary folder].")
 @threads_option
 def command(out: str | None, threads: int | None) -> None:
-    """Export demo:moondream2 to GGUF q4 and ask it, and the original where it can run, about the shipped pictures."""
+    """Export demo:moondream2 to GGUF q4 and ask it, and the original where it can run, about the shipped pictures.
+
+    Exit code 1 where the export answers clearly worse than the original.
+    """
     import tempfile
 
     from vlmedge.loading import load, missing_for
@@ -37,6 +44,17 @@ def command(out: str | None, threads: int | None) -> None:
         title = f"demo:moondream2 as GGUF q4, {megabytes(bundle.bytes)}"
     print_table(title, ("picture", "question", "right answer", *models), rows)
     click.echo("right: " + ", ".join(f"{name} {count} of {len(rows)}" for name, count in right.items()))
+    check_answers(right, len(rows))
+
+
+def check_answers(right: dict[str, int], questions: int) -> None:
+    """Raise VerificationError where the export answers clearly worse than the original, if that was asked."""
+    exported, original = right["exported"], right.get("original", 0)
+    if exported < original - WORSE:
+        raise VerificationError(
+            f"the export answers {exported} of {questions} right and the original {original}: something installed "
+            "computes wrongly; 'vlmedge doctor' shows what there is"
+        )
 
 
 def _ask(models: dict[str, Model]) -> tuple[list[tuple[str, ...]], dict[str, int]]:

@@ -11,13 +11,15 @@ from vlmedge.errors import UsageError
 from vlmedge.quant_profiles import profile_names
 
 F = TypeVar("F", bound=Callable[..., Any])
+FORMATS = ("gguf",)  # the names of EXPORTERS, whose import would make --help slow
 DEFAULT_PROFILE = "q4"
 LEAST_PART = 1_000_000
 
 
 def format_option(function: F) -> F:
     """Add --format."""
-    return click.option("--format", "format_", required=True, metavar="gguf", help="The format to write.")(function)
+    metavar, text = "|".join(FORMATS), "The format to write."
+    return click.option("--format", "format_", required=True, metavar=metavar, help=text)(function)
 
 
 def profile_options(function: F) -> F:

@@ -26,7 +26,7 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option("--image", "more", multiple=True, metavar="FILE", help="One more picture; may be repeated.")
 @click.option("--skill", callback=one_of(*SKILLS), metavar="|".join(SKILLS), help="[default: query, or caption]")
 @click.option("--object", "thing", metavar="NAME", help="What to detect or point at.")
-@click.option("--length", default="normal", show_default=True, metavar="short|normal|long", help="Of a caption.")
+@click.option("--length", metavar="short|normal|long", help="Of a caption [default: normal].")
 @click.option("--reasoning", is_flag=True, help="Think before answering, where the release can.")
 @click.option(
     "--ref", "refs", multiple=True, metavar="X,Y[,X2,Y2]", help="A point or box (0..1) the question is about."
@@ -39,10 +39,8 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option(
     "--dtype",
     callback=one_of("f32", "bf16", "f16"),
-    default="f32",
     metavar="f32|bf16|f16",
-    show_default=True,
-    help="Of the original.",
+    help="Of the original [default: f32].",
 )
 @click.option("--max-tokens", type=click.IntRange(1), metavar="N")
 @click.option("--temperature", type=click.FloatRange(0, 1e6), default=0.0, show_default=True, metavar="T")
@@ -60,7 +58,7 @@ def command(
     runtime: str | None,
     memory: Any,
     context: int | None,
-    dtype: str,
+    dtype: str | None,
     threads: int | None,
     draw: str | None,
     allow_pickle: bool,
@@ -76,8 +74,12 @@ def command(
         raise UsageError("--stream and --json exclude each other")
     request = _request(image, question, options)
     from vlmedge.drawing import check_output
-    from vlmedge.loading import load
+    from vlmedge.loading import load, names_bundle
 
+    if dtype is not None and names_bundle(source):
+        raise UsageError(f"--dtype is for the original; {source} is a bundle, whose types were chosen when exporting")
+    if memory == "lean" and not names_bundle(source):
+        raise UsageError(f"--memory lean is for bundles; {source} is a checkpoint (--dtype bf16 halves its memory)")
     if draw is not None and not request.pictures:
         raise UsageError("--draw needs a picture")
     if draw is not None:
@@ -90,7 +92,7 @@ def command(
             threads,
             memory=memory,
             context=context,
-            dtype=dtype,
+            dtype=dtype or "f32",
             allow_pickle=allow_pickle,
             progress=progress,
         )
@@ -156,13 +158,17 @@ class Request:
 
 
 def _request(image: str, question: str | None, options: dict[str, Any]) -> Request:
+    from vlmedge.generate import Sampler
     from vlmedge.picture import check_picture
 
     pictures = tuple(picture_path(name) for name in (image, *options["more"]) if name != "-")
-    skill = options["skill"] or ("query" if question else "caption")
+    looks = options["eye"] is not None or options["face"] is not None
+    skill = options["skill"] or ("gaze" if looks else "query" if question else "caption")
+    _check_unused(skill, question, options)
     refs = tuple(_numbers(text, (2, 4), "--ref") for text in options["refs"])
     eye: Any = None if options["eye"] is None else _numbers(options["eye"], (2,), "--eye")
     face: Any = None if options["face"] is None else _numbers(options["face"], (4,), "--face")
+    Sampler(options["temperature"], seed=options["seed"])  # refuses nan and the like before a model is opened
     text = (question if skill == "query" else options["thing"] or question) or ""
     if skill != "query" and len(pictures) != 1:
         raise UsageError(f"{skill} takes exactly one picture, not {len(pictures)}")
@@ -177,7 +183,27 @@ def _request(image: str, question: str | None, options: dict[str, Any]) -> Reque
     sampling: dict[str, Any] = {key: options[key] for key in ("max_tokens", "temperature", "seed")}
     if options["stream"]:
         sampling["on_token"] = lambda piece: click.echo(piece, nl=False)
-    return Request(skill, pictures, text, options["length"], options["reasoning"], refs, eye, face, sampling)
+    length, reasoning = options["length"] or "normal", options["reasoning"]
+    return Request(skill, pictures, text, length, reasoning, refs, eye, face, sampling)
+
+
+def _check_unused(skill: str, question: str | None, options: dict[str, Any]) -> None:
+    """Raise UsageError for what the skill would ignore."""
+    users = {
+        "refs": ("--ref", ("query",)),
+        "reasoning": ("--reasoning", ("query",)),
+        "thing": ("--object", ("detect", "point")),
+        "length": ("--length", ("caption",)),
+        "eye": ("--eye", ("gaze",)),
+        "face": ("--face", ("gaze",)),
+    }
+    for key, (option, skills) in users.items():
+        if options[key] and skill not in skills:
+            raise UsageError(f"{option} goes with --skill {' or '.join(skills)}, this is {skill}")
+    if question and skill in ("caption", "gaze"):
+        raise UsageError(f"{skill} takes no QUESTION; leave it out, or use --skill query")
+    if question and options["thing"]:
+        raise UsageError(f"{skill} takes one name: --object, or the QUESTION in its place")
 
 
 def _numbers(text: str, counts: tuple[int, ...], option: str) -> tuple[float, ...]:
@@ -188,6 +214,8 @@ def _numbers(text: str, counts: tuple[int, ...], option: str) -> tuple[float, ..
     if len(values) not in counts or not all(0 <= value <= 1 for value in values):
         wanted = " or ".join(map(str, counts))
         raise UsageError(f"{option} takes {wanted} numbers of 0..1 with commas between, not '{text}'")
+    if len(values) == 4 and not (values[0] < values[2] and values[1] < values[3]):
+        raise UsageError(f"{option} takes a box with X < X2 and Y < Y2, not '{text}'")
     return values
 
 

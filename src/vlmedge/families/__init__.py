@@ -28,8 +28,8 @@ class Family:
     """One line of models: how to recognise a checkpoint and describe it in the vocabulary of `spec`.
 
     `matches`: does this family own the config? It raises UnsupportedError for a release that it knows and
-    refuses. `spec`: the checkpoint's blocks. `weights`: its table of tensor names. `tokenizer`: the file to
-    use and the ids in it; None where the checkpoint's own tokenizer.json is right by definition.
+    refuses. `spec`: the checkpoint's blocks. `weights`: its table of tensor names. `tokenizer`: the bytes of
+    the tokenizer.json to use, fetched where the checkpoint's own is absent or of another release.
     """
 
     name: str

@@ -58,7 +58,7 @@ def spec(checkpoint: Checkpoint) -> ModelSpec:
             layers=text.n_layers,
             width=text.dim,
             heads=text.n_heads,
-            kv_heads=text.n_kv_heads,
+            kv_heads=text.kv_heads,
             head_dim=HEAD_DIM,
             mlp_width=text.ff_dim,
             vocab=text.vocab_size,
@@ -105,13 +105,13 @@ def tokenizer(checkpoint: Checkpoint) -> bytes:
     """Return the bytes of the right tokenizer.json.
 
     The file inside the 2025-06-21 repository is the GPT-2 one of older releases; the weights were trained
-    with moondream/starmie-v1. Told apart by content: starmie has <|md_reserved_0|> as id 1.
+    with moondream/starmie-v1. Told apart by content: starmie has <|md_reserved_0|> as id 1. Older releases took
+    theirs from an earlier revision, which is done here where the folder has none.
     """
     own = checkpoint.text("tokenizer.json")
-    if release(checkpoint, read_config(checkpoint.config)) != NEWEST:
-        if own is None:
-            raise CheckpointError(f"{checkpoint.source.label} has no tokenizer.json")
-        return own.encode()
+    found = release(checkpoint, read_config(checkpoint.config))
+    if found != NEWEST:
+        return _gpt2(checkpoint, found, own).encode()
     if own is not None and _is_starmie(own):
         return own.encode()
     why = "there is no tokenizer.json" if own is None else "its tokenizer.json is the stale GPT-2 one"
@@ -119,6 +119,22 @@ def tokenizer(checkpoint: Checkpoint) -> bytes:
     if not _is_starmie(fetched):
         raise CheckpointError(f"{STARMIE_REPO} did not give the starmie tokenizer (no <|md_reserved_0|> with id 1)")
     return fetched.encode()
+
+
+def _gpt2(checkpoint: Checkpoint, found: str, own: str | None) -> str:
+    """The tokenizer of a release before 2025-06-21, whatever its content, but for starmie."""
+    revision = GPT2_REVISIONS[found]
+    text = own
+    if text is None:
+        why = f"there is no tokenizer.json, and the release {found} takes that of the revision {revision}"
+        path = checkpoint.fetch(MODEL.repo, revision, "tokenizer.json", why)
+        text = path.read_text(encoding="utf-8")
+    if _is_starmie(text):
+        raise CheckpointError(
+            f"{checkpoint.source.label} is of the release {found}, its tokenizer.json is starmie of {NEWEST}; "
+            f"put the tokenizer.json of {MODEL.repo}@{revision} into the folder"
+        )
+    return text
 
 
 def _is_starmie(text: str) -> bool:
@@ -174,6 +190,8 @@ RULES: tuple[Rule, ...] = (
 
 STARMIE_REPO = "moondream/starmie-v1"
 STARMIE_REVISION = "35192e10a54e36eabe0a7cc57a2c1aab371cafc5"
+# Where upstream's code of each release takes its tokenizer from (f74a121, 8ac77eb: `moondream/torch/moondream.py`).
+GPT2_REVISIONS = {"2025-01-09": "2024-08-26", "2025-04-14": "2025-01-09"}
 MODEL = KnownModel(
     name="moondream2",
     repo="vikhyatk/moondream2",

@@ -18,7 +18,11 @@ LARGEST = 1 << 20  # beyond any real dimension; stops absurd configs before anyt
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """`config.text`; the defaults are those of the 2B model."""
+    """`config.text`; the defaults are those of the 2B model.
+
+    Without `n_kv_heads` every head has its own keys and values. Upstream's newest code would take 32 there, which its
+    own 0.5B config (16 heads) cannot mean: that is older than grouped-query attention.
+    """
 
     dim: int = 2048
     ff_dim: int = 8192
@@ -26,9 +30,14 @@ class TextConfig:
     vocab_size: int = 51200
     max_context: int = 2048
     n_heads: int = 32
-    n_kv_heads: int = 32
+    n_kv_heads: int | None = None
     prefix_attn: int = 730
     group_size: int | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that have keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +135,8 @@ def _check(config: Config) -> None:
                 raise CheckpointError(f"config.{where}.{field.name} is {value}, outside {least}..{limit}")
     if text.n_heads * HEAD_DIM != text.dim:
         raise CheckpointError(f"config.text: {text.n_heads} heads of {HEAD_DIM} do not make dim {text.dim}")
-    if text.n_heads % text.n_kv_heads:
-        raise CheckpointError(f"config.text.n_kv_heads {text.n_kv_heads} does not divide n_heads {text.n_heads}")
+    if text.n_heads % text.kv_heads:
+        raise CheckpointError(f"config.text.n_kv_heads {text.kv_heads} does not divide n_heads {text.n_heads}")
     if vision.enc_dim % vision.enc_n_heads:
         raise CheckpointError(
             f"config.vision.enc_n_heads {vision.enc_n_heads} does not divide enc_dim {vision.enc_dim}"

@@ -82,13 +82,15 @@ RELEASES: dict[str, Release] = {
 def release(checkpoint: Checkpoint, config: Config) -> str:
     """Return the generation that the checkpoint's config stands for, a key of RELEASES.
 
-    Decided by content: the ids in the config, the revision, the config.py that lies beside the weights
-    (read as text, never run), at last the weights' dtype (bf16 since 2025-06-21, f16 before).
+    Decided by content: the ids in the config where they leave no choice, the revision, the config.py that lies
+    beside the weights (read as text, never run), the config's other ids, at last the weights' dtype (bf16 since
+    2025-06-21, f16 before).
     """
     tokenizer = config.tokenizer
-    if tokenizer.bos_id is not None:
-        has_long = tokenizer.templates is not None and "long" in (tokenizer.templates.caption or {})
-        return NEWEST if tokenizer.bos_id == 0 else "2025-04-14" if has_long else "2025-01-09"
+    if tokenizer.bos_id == 0:
+        return NEWEST
+    if tokenizer.bos_id is not None and tokenizer.templates and "long" in (tokenizer.templates.caption or {}):
+        return "2025-04-14"
     known = {NEWEST_COMMIT: NEWEST, "2025-03-27": "2025-04-14", "2025-04-15": "2025-04-14", **{r: r for r in RELEASES}}
     for name in (checkpoint.source.revision, checkpoint.source.commit):
         if name in known:
@@ -96,6 +98,9 @@ def release(checkpoint: Checkpoint, config: Config) -> str:
     code = checkpoint.text("config.py")
     if code is not None:
         return NEWEST if "answer_id" in code else "2025-04-14" if '"long"' in code else "2025-01-09"
+    if tokenizer.bos_id is not None:
+        # Also the ids of upstream's own config_md2.json and config_md05.json, which its newest code reads otherwise.
+        return "2025-01-09"
     if any(t.dtype == "f16" for t in checkpoint.tensors.values()):
         raise UnsupportedError(
             f"{checkpoint.source.label} has an empty config and f16 weights, which fits the releases 2025-01-09 and "
@@ -119,7 +124,6 @@ def prompt(found: Release, config: TokenizerConfig, vocab: int) -> PromptSpec:
         top_p=0.3,
         max_objects=50,
         coordinate=config.coord_id if found.control_tokens else None,
-        size=config.size_id if found.control_tokens else None,
         reasoning=_reasoning(found, config, eos),
     )
     used = [i for t in spec.templates.values() for part in t if isinstance(part, Ids) for i in part.ids]

@@ -36,11 +36,11 @@ class Judgement:
 class Original:
     """The original's stages, beside those of `Trace`."""
 
-    pixels: F32
     features: F32
     local: F32
     small: Judgement
     stitched: Judgement
+    regions: dict[str, F32]
 
 
 def judge(spec: ModelSpec, tensors: Mapping[str, Tensor], ours: Trace, threads: int | None = None) -> Original:
@@ -67,7 +67,8 @@ def judge(spec: ModelSpec, tensors: Mapping[str, Tensor], ours: Trace, threads: 
         _judgement(rows, found, reading, spec.prompt.banned)
         for rows, found, reading in zip(projected, logits, (ours.small, ours.stitched), strict=True)
     )
-    return Original(pixels[:1], features[:1], features[1:], small_one, stitched)
+    regions = model.region(pictures.region_inputs(spec.decoder.width)) if spec.region else {}
+    return Original(features[:1], features[1:], small_one, stitched, regions)
 
 
 def _judgement(projected: F32, logits: F32, reading: Reading, banned: tuple[int, ...]) -> Judgement:

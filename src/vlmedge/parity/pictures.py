@@ -34,6 +34,13 @@ def features(crops: int, tokens: int, width: int) -> F32:
     return out
 
 
+def region_inputs(width: int) -> dict[str, F32]:
+    """What each region head is given: coordinates and sizes in 0..1, and the first numbers of `FEATURES` as hidden."""
+    hidden = features(1, 1, width)[0, 0]
+    coordinate, size = np.array([0.3], np.float32), np.array([0.25, 0.5], np.float32)
+    return {"coord_encoder": coordinate, "size_encoder": size, "coord_decoder": hidden, "size_decoder": hidden}
+
+
 def sizes(spec: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:
     """Heights and widths of the test pictures: one that is a single crop, one that is cut into several."""
     return (spec.size * 3 // 4, spec.size // 2), (spec.size * 5 // 4, spec.size * 7 // 4)

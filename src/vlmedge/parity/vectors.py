@@ -12,7 +12,6 @@ from vlmedge.parity import pictures
 from vlmedge.parity.trace import Reading, Trace, caption_ids
 from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32
-from vlmedge.skills import Model
 from vlmedge.spec import ImageSpec, ModelSpec
 
 SCHEMA = "vlmedge.selftest/1"
@@ -54,17 +53,16 @@ def picture_vectors(spec: ImageSpec) -> list[dict[str, Any]]:
     return out
 
 
-def record(spec: ModelSpec, tokenizer: Tokenizer, model: Model | None, found: Trace | None) -> dict[str, Any]:
-    """All vectors; without a model and its trace only those that need none (crops and token ids)."""
+def record(spec: ModelSpec, tokenizer: Tokenizer, runtime: str | None, found: Trace | None) -> dict[str, Any]:
+    """All vectors; without a trace (and the runtime that made it) only those that need none: crops and token ids."""
     vectors: dict[str, Any] = {
         "schema": SCHEMA,
         "pixels": pictures.PIXELS,
         "pictures": picture_vectors(spec.image),
         "text": text_vectors(tokenizer),
-        "recorded_with": None,
+        "recorded_with": runtime,
     }
-    if model is not None and found is not None:
-        vectors["recorded_with"] = model.session.runtime
+    if found is not None:
         vectors["model"] = {
             "prompt_ids": list(caption_ids(spec.prompt)[1]),
             "features": {"picture": 0, "crop": 0, **_sample(found.features)},
@@ -72,6 +70,7 @@ def record(spec: ModelSpec, tokenizer: Tokenizer, model: Model | None, found: Tr
             "small": {"input": "picture 0", **_reading(found.small, tokenizer)},
             "stitched": {"input": f"features in the tiling of picture 1: {pictures.FEATURES}"}
             | _reading(found.stitched, tokenizer),
+            "regions": _regions(found, spec.decoder.width),
         }
     return vectors
 
@@ -84,6 +83,19 @@ def _reading(reading: Reading, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokens": list(reading.tokens),
         "text": tokenizer.decode(reading.tokens),
     }
+
+
+def _regions(found: Trace, width: int) -> dict[str, Any]:
+    """Each region head: its input in words or numbers, and samples of what it returns; empty where there are none."""
+    out: dict[str, Any] = {}
+    inputs = pictures.region_inputs(width)
+    for name, values in found.regions.items():
+        decodes = name.endswith("decoder")
+        given = f"hidden of {width}: {pictures.FEATURES}" if decodes else [_short(v) for v in inputs[name]]
+        out[name] = {"input": given, **_sample(values)}
+        if decodes:
+            out[name]["bins"] = [int(b) for b in values.reshape(1 + (name == "size_decoder"), -1).argmax(axis=1)]
+    return out
 
 
 def _sample(array: F32) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import torch
 
 from vlmedge import imaging
 from vlmedge.errors import ContextError
-from vlmedge.reference.blocks import LayerCache
+from vlmedge.reference.blocks import LayerCache, Region
 from vlmedge.reference.model import build
+from vlmedge.reference.threads import computing, torch_threads
 from vlmedge.session import F32, I32, U8, Grid, Step
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import Tensor
@@ -34,12 +35,12 @@ class TorchSession:
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        """Read the weights in `dtype` ("f32", "bf16" or "f16") onto `device`."""
-        if threads:
-            torch.set_num_threads(threads)
+        """Read the weights in `dtype` ("f32", "bf16" or "f16") onto `device`. `threads`: None for PyTorch's own."""
+        self.threads = threads
         self._spec = spec
         self._dtype, self._device = _DTYPES[dtype], torch.device(device)
-        self._model = build(spec, tensors, self._dtype, self._device)
+        with torch_threads(threads):
+            self._model = build(spec, tensors, self._dtype, self._device)
         self._caches = [LayerCache(spec.decoder, self._dtype, self._device) for _ in range(spec.decoder.layers)]
 
     @property
@@ -52,7 +53,7 @@ class TorchSession:
         """Positions that the KV cache can hold."""
         return self._spec.decoder.context
 
-    @torch.inference_mode()
+    @computing
     def vision(self, pixels: U8) -> F32:
         """uint8 [n, size, size, 3] -> float32 [n, tokens, width]; normalised in the model's dtype, as upstream does."""
         image = self._spec.image
@@ -65,7 +66,7 @@ class TorchSession:
             out.append(self._model.vision(x).float().cpu())
         return _array(torch.cat(out))
 
-    @torch.inference_mode()
+    @computing
     def project(self, features: F32, tiling: Grid) -> F32:
         """float32 [crops, tokens, width] -> float32 [image_tokens, decoder width]."""
         x = self._tensor(features)
@@ -81,12 +82,12 @@ class TorchSession:
         down, across = (self._tensor(imaging.pool_matrix(n, side)) for n in grid.shape[:2])
         return torch.einsum("ih,hwc,jw->ijc", down, grid, across).reshape(side * side, -1)
 
-    @torch.inference_mode()
+    @computing
     def embed(self, ids: I32) -> F32:
         """int32 [n] -> float32 [n, width]."""
         return _array(self._model.decoder.embed(torch.from_numpy(np.asarray(ids, np.int64)).to(self._device)))
 
-    @torch.inference_mode()
+    @computing
     def forward(
         self, inputs: F32 | I32, *, bidirectional: bool = False, hidden: bool = False, every: bool = False
     ) -> Step:
@@ -106,19 +107,12 @@ class TorchSession:
         logits = decoder.logits(out if every else out[-1])
         return Step(_array(logits), _array(out[-1]) if hidden else None)
 
-    @torch.inference_mode()
+    @computing
     def head(self, name: str, inputs: F32) -> F32:
         """Run a region head on one vector."""
         region = self._model.region
         assert region is not None
-        x = self._tensor(np.atleast_1d(inputs))
-        run: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            "coord_encoder": region.encode_coordinate,
-            "size_encoder": region.encode_size,
-            "coord_decoder": region.coord_decoder,
-            "size_decoder": region.size_decoder,
-        }
-        return _array(run[name](x))
+        return _array(run_head(region, name, self._tensor(np.atleast_1d(inputs))))
 
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
@@ -131,7 +125,7 @@ class TorchSession:
             "torch": torch.__version__,
             "dtype": str(self._dtype).removeprefix("torch."),
             "device": str(self._device),
-            "threads": torch.get_num_threads(),
+            "threads": self.threads or torch.get_num_threads(),
         }
 
     def close(self) -> None:
@@ -140,6 +134,17 @@ class TorchSession:
 
     def _tensor(self, array: F32) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device, self._dtype)
+
+
+def run_head(region: Region, name: str, x: torch.Tensor) -> torch.Tensor:
+    """Run the region head that `Session.head` calls `name` on one vector."""
+    run: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "coord_encoder": region.encode_coordinate,
+        "size_encoder": region.encode_size,
+        "coord_decoder": region.coord_decoder,
+        "size_decoder": region.size_decoder,
+    }
+    return run[name](x)
 
 
 def _array(tensor: torch.Tensor) -> F32:

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from vlmedge import imaging
-from vlmedge.reference.blocks import DecoderLayer, Tower, VisionLayer, norm, projector, rope_table
+from vlmedge.reference.blocks import DecoderLayer, Region, Tower, VisionLayer, norm, projector, rope_table
 from vlmedge.reference.model import fill
+from vlmedge.reference.session import run_head
+from vlmedge.reference.threads import computing
 from vlmedge.session import F32, I32, Grid
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import Tensor
@@ -36,11 +38,10 @@ class StreamedReference:
     """The blocks of `reference`, float32, with weights read when a layer's turn comes and dropped after it."""
 
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], threads: int | None = None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        self.threads = threads
         self._spec, self._tensors = spec, tensors
 
-    @torch.inference_mode()
+    @computing
     def vision(self, pixels: F32) -> F32:
         """Normalised pixels float32 [n, 3, size, size] -> features float32 [n, tokens, width]."""
         spec = self._spec.vision
@@ -51,7 +52,7 @@ class StreamedReference:
             x = self._filled(layer, f"vision.layers.{i}.")(x)
         return _array(shell.normed(x))
 
-    @torch.inference_mode()
+    @computing
     def project(self, pictures: Sequence[tuple[F32, Grid]]) -> list[F32]:
         """Features float32 [crops, tokens, width] and tiling of each picture -> embeddings [image_tokens, width]."""
         spec = self._spec
@@ -69,7 +70,7 @@ class StreamedReference:
         table = self._tensors["decoder.embed.weight"]
         return np.concatenate([table.read_rows(int(i), int(i) + 1) for i in ids])
 
-    @torch.inference_mode()
+    @computing
     def logits(self, passages: Sequence[Passage]) -> list[F32]:
         """Run every passage through the decoder; float32 [wanted, vocab] each."""
         spec = self._spec.decoder
@@ -82,6 +83,14 @@ class StreamedReference:
         last = self._filled(norm(spec), "decoder.norm.")
         picked = [last(x[0, list(p.wanted)]) for x, p in zip(states, passages, strict=True)]
         return [self._head(h) for h in picked]
+
+    @computing
+    def region(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+        """Region heads by their names in `Session.head`: one vector float32 into each, one out of it."""
+        spec = self._spec.region
+        assert spec is not None
+        heads = self._filled(Region(spec, self._spec.decoder.width), "region.")
+        return {name: _array(run_head(heads, name, torch.from_numpy(x))) for name, x in inputs.items()}
 
     def _head(self, hidden: torch.Tensor) -> F32:
         """Logits by blocks of the vocabulary, so that the head is never whole in float32."""

@@ -13,12 +13,13 @@ import numpy as np
 from vlmedge import imaging, picture, prompt
 from vlmedge.answer import Answer
 from vlmedge.errors import UnsupportedError, UsageError
-from vlmedge.generate import Conversation, Embedded, Prefix, Sampler
+from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, check_seed
 from vlmedge.measure import Clock
 from vlmedge.picture import PictureLike
 from vlmedge.prompt import PictureSpan, Reference, Segment, Slot, Tokenizer, TokenRun
 from vlmedge.regions import RegionDecoder
 from vlmedge.session import F32, Session
+from vlmedge.skills import given
 from vlmedge.skills.gaze import steady_gaze
 from vlmedge.skills.request import OnToken, Options, Request
 from vlmedge.spec import Ids, ModelSpec
@@ -37,7 +38,7 @@ class Model:
         self.spec = spec
         self.session = session
         self.tokenizer = tokenizer
-        self._conversation = Conversation(session, spec.decoder.bidirectional_prefix)
+        self._conversation = Conversation(session, spec.decoder.bidirectional_prefix, spec.decoder.context)
         self._encoded: OrderedDict[str, tuple[Embedded, int]] = OrderedDict()
 
     def __enter__(self) -> Model:
@@ -68,8 +69,8 @@ class Model:
         on_token: OnToken | None = None,
     ) -> Answer:
         """Describe a picture; `length` is "short", "normal" or "long" where the release has it."""
-        request = self._begin("caption", f"caption/{length}", [image])
-        return request.answer(self._options(max_tokens, temperature, seed, on_token))
+        options = self._options(max_tokens, temperature, seed, on_token)
+        return self._begin("caption", f"caption/{length}", [image]).answer(options)
 
     def query(
         self,
@@ -88,11 +89,12 @@ class Model:
         `spatial_refs`: points (x, y) or boxes (x_min, y_min, x_max, y_max) in 0..1 that the question is about.
         `reasoning`: think first; the thoughts and the points they name are in `Answer.reasoning`.
         """
-        self._check_references(spatial_refs, image, reasoning)
+        options = self._options(max_tokens, temperature, seed, on_token)
+        references = self._references(spatial_refs, image, reasoning)
         name = "query/reasoning" if reasoning else "query"
         images = [] if image is None else [image]
-        request = self._begin("query", name, images, question=question, references=spatial_refs)
-        return request.answer(self._options(max_tokens, temperature, seed, on_token), reasoning=reasoning)
+        request = self._begin("query", name, images, question=question, references=references)
+        return request.answer(options, reasoning=reasoning)
 
     def detect(self, image: PictureLike, object: str, *, max_objects: int | None = None, **options: Any) -> Answer:
         """Find every `object`; `Answer.boxes`. Always greedy: the sampling options have no effect."""
@@ -120,12 +122,14 @@ class Model:
 
         def ask(pixels: PictureLike, at: tuple[float, float]) -> Answer:
             request = self._begin("gaze", "gaze", [pixels], eye=at)
-            return request.regions(self._region(), sizes=False, most=1)
+            answer = request.regions(self._region(), sizes=False, most=1)
+            # One target is all that is asked for: having found it is an end, not a cut.
+            return replace(answer, finish="stop") if answer.points else answer
 
         if eye is not None:
-            return ask(image, eye)
-        assert face is not None
-        answer, points = steady_gaze(ask, picture.load_picture(image), face, options.get("seed"))
+            return ask(image, given.point("eye", eye))
+        check_seed(options.get("seed"))
+        answer, points = steady_gaze(ask, picture.load_picture(image), given.box("face", face), options.get("seed"))
         return replace(answer, points=points)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
@@ -142,8 +146,11 @@ class Model:
         """Every stage of one prefill, float32.
 
         `pixels` [n, 3, size, size], `features` [n, tokens, width], `projected` [image_tokens, width] (absent without a
-        picture), `logits` [positions, vocab] of BOS, picture and `prompt_ids`, which follow the picture.
+        picture), `logits` [positions, vocab] of BOS, picture and `prompt_ids`, which follow the picture. Without a
+        picture `prompt_ids` are everything, BOS included. Raises UsageError where there is neither.
         """
+        if not images and not len(prompt_ids):
+            raise UsageError("stages takes a picture, prompt ids, or both")
         out: dict[str, F32] = {}
         parts: list[tuple[int, ...] | Embedded] = []
         if images:
@@ -235,32 +242,29 @@ class Model:
 
     def _regions(self, name: str, image: PictureLike, thing: str, most: int | None, options: dict[str, Any]) -> Answer:
         self._sampling_options(options)
+        most = given.count("max_objects", most, self.spec.prompt.max_objects)
         request = self._begin(name, name, [image], thing=thing)
-        return request.regions(self._region(), sizes=name == "detect", most=most or self.spec.prompt.max_objects)
+        return request.regions(self._region(), sizes=name == "detect", most=most)
 
-    def _check_references(self, references: Sequence[Reference], image: object, reasoning: bool) -> None:
-        if not references:
-            return
+    def _references(self, references: Sequence[Reference], image: object, reasoning: bool) -> list[Reference]:
+        if not len(references):
+            return []
         if self.spec.prompt.coordinate is None:
             raise UnsupportedError("this release has no spatial references; they came with moondream2 2025-06-21")
         if image is None:
             raise UsageError("spatial references need a picture")
-        if any(len(r) not in (2, 4) for r in references):
-            raise UsageError("a spatial reference is a point (x, y) or a box (x_min, y_min, x_max, y_max)")
+        checked = [given.reference(r) for r in references]
         if reasoning:
             raise UnsupportedError(
                 "reasoning with spatial references does not work in the original either; ask without one"
             )
+        return checked
 
     def _options(
         self, max_tokens: int | None, temperature: float, seed: int | None, on_token: OnToken | None
     ) -> Options:
-        if temperature < 0:
-            raise UsageError(f"temperature must be 0 or more, not {temperature}")
-        if max_tokens is not None and max_tokens < 1:
-            raise UsageError(f"max_tokens must be 1 or more, not {max_tokens}")
-        sampler = Sampler(temperature, self.spec.prompt.top_p, seed)
-        return Options(max_tokens or self.spec.prompt.max_tokens, sampler, on_token)
+        most = given.count("max_tokens", max_tokens, self.spec.prompt.max_tokens)
+        return Options(most, Sampler(temperature, self.spec.prompt.top_p, seed), on_token)
 
     @staticmethod
     def _sampling_options(options: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Request:
     crops: int
 
     def answer(self, options: Options, reasoning: bool = False) -> Answer:
-        """Generate text, after thoughts where asked for."""
+        """Generate text, after thoughts where asked for; thoughts that fill the context leave the text empty."""
         rules = self.spec.prompt
         with self.clock.stage("prompt"):
             step = self.conversation.ask(self.parts, hidden=reasoning)
@@ -52,15 +52,19 @@ class Request:
         if reasoning:
             assert rules.reasoning is not None, "a reasoning template comes with its rules"
             thoughts = self._think(step, options)
-            needed = self.conversation.session.position + len(rules.reasoning.answer)
-            self.conversation.check(needed, "the reasoning")
+            session = self.conversation.session
+            if session.position + len(rules.reasoning.answer) >= session.context:
+                return self._finish(finish="length", reasoning=thoughts)  # the thoughts took all the room
             step = self.conversation.ask([rules.reasoning.answer])
         stream = TextStream(self.tokenizer)
 
+        def show(piece: str) -> None:
+            if piece and options.on_token is not None:
+                options.on_token(piece)
+
         def token_done(token: int) -> None:
             self.clock.mark("first_token")
-            if options.on_token is not None:
-                options.on_token(stream.push(token))
+            show(stream.push(token))
 
         with self.clock.stage("decode"):
             out = generate(
@@ -72,8 +76,7 @@ class Request:
                 sampler=options.sampler,
                 on_token=token_done,
             )
-        if options.on_token is not None:
-            options.on_token(stream.finish())
+        show(stream.finish())
         text = self.tokenizer.decode([t for t in out.ids if t not in rules.stop])
         return self._finish(text=text, tokens=out.ids, finish=out.finish, reasoning=thoughts)
 
