@@ -16,6 +16,7 @@ from vlmedge.runtimes.llamacpp_decoder import Decoder, KvType
 from vlmedge.runtimes.llamacpp_heads import Projector, RegionHeads
 from vlmedge.runtimes.llamacpp_native import load_native
 from vlmedge.runtimes.llamacpp_vision import VisionTower
+from vlmedge.runtimes.native_thread import natively
 from vlmedge.session import F32, I32, U8, Grid, Step
 from vlmedge.spec import ModelSpec
 
@@ -33,6 +34,7 @@ class LlamaCppSession:
 
     runtime = "llamacpp"
 
+    @natively
     def __init__(
         self,
         spec: ModelSpec,
@@ -67,7 +69,7 @@ class LlamaCppSession:
             self._projector = Projector(self._matmuls, mmproj, heads, spec)
             self._region = RegionHeads(self._matmuls, heads, spec.region.activation) if heads and spec.region else None
             self._text = text
-            self._close = weakref.finalize(self, opened.pop_all().close)
+            self._close = weakref.finalize(self, natively(opened.pop_all().close))
 
     @property
     def position(self) -> int:
@@ -80,6 +82,7 @@ class LlamaCppSession:
         """Positions that the KV cache can hold."""
         return self._spec.decoder.context
 
+    @natively
     def vision(self, pixels: U8) -> F32:
         """uint8 [n, size, size, 3] -> float32 [n, tokens, width], after the tower's last norm."""
         self._check_open()
@@ -91,16 +94,19 @@ class LlamaCppSession:
         finally:
             tower.close()
 
+    @natively
     def project(self, features: F32, tiling: Grid) -> F32:
         """float32 [crops, tokens, width] -> float32 [image_tokens, decoder width]."""
         self._check_open()
         return self._projector.run(features, tiling)
 
+    @natively
     def embed(self, ids: I32) -> F32:
         """int32 [n] -> float32 [n, width]; only these rows of the table are dequantized."""
         self._check_open()
         return self._matmuls.rows(self._text, "token_embd.weight", ids)
 
+    @natively
     def forward(
         self, inputs: F32 | I32, *, bidirectional: bool = False, hidden: bool = False, every: bool = False
     ) -> Step:
@@ -108,6 +114,7 @@ class LlamaCppSession:
         self._check_open()
         return self._decoder.forward(inputs, bidirectional=bidirectional, hidden=hidden, every=every)
 
+    @natively
     def head(self, name: str, inputs: F32) -> F32:
         """Run a region head on one vector; raises UnsupportedError for a model without region heads."""
         self._check_open()
@@ -115,6 +122,7 @@ class LlamaCppSession:
             raise UnsupportedError(f"this {self._spec.family} bundle has no region heads")
         return self._region.run(name, inputs)
 
+    @natively
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
         self._check_open()
