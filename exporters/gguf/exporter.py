@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -65,7 +64,6 @@ class GgufExporter:
         if any(s.kind.quantized for s in stored):
             quantizer.load(quantizer.library_path())
         try:
-            _check_space(job, stored)
             write_files(job, stored, metadata)
         except OSError as error:
             raise _output_error(job, error) from None
@@ -105,12 +103,6 @@ def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary
             whole: dict[str, Any] = first | general | {"general.quantization_version": 2} | about | rest
             out |= dict(zip(files, parts_metadata(whole, list(files.values())), strict=True))
     return out
-
-
-def _check_space(job: ExportJob, stored: tuple[Stored, ...]) -> None:
-    need, free = sum(s.bytes for s in stored), shutil.disk_usage(job.out).free
-    if need > free:
-        raise OSError(errno.ENOSPC, f"{need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
 def _output_error(job: ExportJob, error: OSError) -> OutputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from vlmedge.records import encode
 from vlmedge.sources import DEMO
 from vlmedge.spec import COMPONENTS, DecoderSpec, ModelSpec, component
 
-_WRITERS = {"gguf": "gguf", "libggml-python": "libggml-python", "llama-cpp-python": "llama-cpp-python"}
+_WRITERS = ("gguf", "libggml-python", "llama-cpp-python")
 _KV_BYTES = {"f32": 4, "f16": 2}
 
 
@@ -91,7 +92,7 @@ def component_entries(spec: ModelSpec, encodings: Mapping[str, Encoding]) -> tup
         own = [e for key, e in encodings.items() if component(key) == name]
         if not own:
             continue
-        parameters = sum(_product(shape) for key, shape in shapes.items() if component(key) == name)
+        parameters = sum(math.prod(shape) for key, shape in shapes.items() if component(key) == name)
         types: Counter[str] = Counter()
         for encoding in own:
             types[encoding.type] += encoding.bytes
@@ -137,9 +138,9 @@ def pre_tokenizer_name(part: Any) -> str:
 
 def _producer() -> dict[str, str]:
     out = {"vlmedge": __version__}
-    for name, package in _WRITERS.items():
+    for package in _WRITERS:
         try:
-            out[name] = version(package)
+            out[package] = version(package)
         except PackageNotFoundError:
             continue
     return out
@@ -147,10 +148,3 @@ def _producer() -> dict[str, str]:
 
 def _bits(stored: int, parameters: int) -> float:
     return round(stored * 8 / parameters, 3) if parameters else 0.0
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
