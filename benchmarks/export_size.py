@@ -30,8 +30,8 @@ import numpy as np
 
 from vlmedge.checkpoint import Checkpoint, Source, open_folder
 from vlmedge.exporters import EXPORTERS, ExportJob
+from vlmedge.exporters.choice import choose
 from vlmedge.families import FAMILIES
-from vlmedge.quant_profiles import load_profile, plan
 
 BLOCK = 4 << 20  # values made at a time
 FAMILY = FAMILIES["moondream2"]
@@ -212,9 +212,9 @@ def _step(options: argparse.Namespace) -> None:
 def _exporter(source: Path, out: Path, options: argparse.Namespace) -> None:
     checkpoint = open_folder(source)
     spec = FAMILY.spec(checkpoint)
-    tensors, profile = FAMILY.weights(spec).bind(checkpoint.tensors), load_profile(options.profile)
+    tensors, order = FAMILY.weights(spec).bind(checkpoint.tensors), choose("gguf", options.profile).order(spec)
     out.mkdir()
-    job = ExportJob(spec, tensors, plan(profile, spec), FAMILY.tokenizer(checkpoint), "random", out, options.threads)
+    job = ExportJob(order, tensors, FAMILY.tokenizer(checkpoint), "random", out, options.threads)
     EXPORTERS["gguf"].write(job)
 
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from vlmedge.checkpoint import Checkpoint, Source
 from vlmedge.exporters import EXPORTERS, ExportJob
+from vlmedge.exporters.choice import choose
 from vlmedge.families import moondream2
-from vlmedge.quant_profiles import load_profile, plan
 from vlmedge.runtimes.cores import physical_cores
 from vlmedge.runtimes.llamacpp_native import load_native
 from vlmedge.runtimes.llamacpp_session import LlamaCppSession
@@ -157,9 +157,9 @@ def random_model(args: argparse.Namespace) -> tuple[ModelSpec, Path]:
     folder = args.work / f"{args.layers}x{args.width}-{args.profile}.gguf"
     if not (folder / "heads.gguf").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        profile = load_profile(args.profile)
+        order = choose("gguf", args.profile).order(spec)
         tensors = {name: RandomTensor(shape) for name, shape in spec.tensors().items()}
-        job = ExportJob(spec, tensors, plan(profile, spec), TOKENIZER.read_bytes(), "random", folder, physical_cores())
+        job = ExportJob(order, tensors, TOKENIZER.read_bytes(), "random", folder, physical_cores())
         EXPORTERS["gguf"].write(job)
     return spec, folder
 

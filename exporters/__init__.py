@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vlmedge.exporters.base import MAX_PART, Encoding, Exporter, ExportJob, Written
+from vlmedge.exporters.base import MAX_PART, Encoding, Exporter, ExportJob, Order, Written
 from vlmedge.registry import Registry
 
 EXPORTERS: Registry[Exporter] = Registry(
     "format",
     {
         "gguf": "vlmedge.exporters.gguf:EXPORTER",
+        "onnx": "vlmedge.exporters.onnx:EXPORTER",
     },
 )
 
-__all__ = ["EXPORTERS", "MAX_PART", "Encoding", "ExportJob", "Exporter", "Written"]
+__all__ = ["EXPORTERS", "MAX_PART", "Encoding", "ExportJob", "Exporter", "Order", "Written"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlmedge.quant_profiles import Scheme
+from vlmedge.quant_profiles import KvCache, Scheme
 from vlmedge.spec import ModelSpec, Shape
 from vlmedge.tensors import Tensor
 
@@ -38,22 +38,37 @@ class Encoding:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportJob:
-    """One export: the model, its lazily read tensors, a scheme for each, and an existing empty folder to write to.
+class Order:
+    """What is to be written, as far as it is known before a weight is read.
 
-    `progress(canonical name, source elements)` is called as each tensor is done. Files that the format can cut stay
-    under `max_part` bytes, but for one that a single larger tensor fills.
+    `plan`: a scheme for every canonical tensor. `prefill`: schemes for those of the decoder's matrices that have a
+    second copy for calls of many positions; empty: one copy for all. `flavour`: one of `Exporter.flavours`, "" for
+    the first. `kv_cache`: the type that the files are written for, as `Exporter.kv_cache` says. Files that the
+    format can cut stay under `max_part` bytes, but for one that a single larger tensor fills.
     """
 
     spec: ModelSpec
-    tensors: Mapping[str, Tensor]
     plan: Mapping[str, Scheme]
+    prefill: Mapping[str, Scheme] = field(default_factory=dict)
+    flavour: str = ""
+    kv_cache: KvCache = "f16"
+    max_part: int = MAX_PART
+
+
+@dataclass(frozen=True, slots=True)
+class ExportJob:
+    """One export: what is ordered, the lazily read tensors, and an existing empty folder to write to.
+
+    `progress(canonical name, source elements)` is called as each tensor is done.
+    """
+
+    order: Order
+    tensors: Mapping[str, Tensor]
     tokenizer: bytes
     name: str
     out: Path
     threads: int
     progress: Progress = silent
-    max_part: int = MAX_PART
     about: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,22 +81,32 @@ class Written:
 
 
 class Exporter(Protocol):
-    """Writes one format. Only its folder imports that format's writer."""
+    """Writes one format. Only its folder imports that format's writer.
+
+    `flavours`: the ways in which it can write its files, the default first; ("",) where there is one way.
+    `default_profile`: the profile that is meant where none is named.
+    """
 
     format: str
+    flavours: tuple[str, ...]
+    default_profile: str
 
     def missing(self) -> str | None:
         """Why this format cannot be written here (one line, with the remedy), or None."""
 
-    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme], max_part: int = MAX_PART) -> dict[str, Encoding]:
-        """Canonical name -> how it would be stored; reads no weights. `max_part`: as in `ExportJob`.
+    def kv_cache(self, wanted: KvCache, flavour: str) -> KvCache:
+        """The type in which this format's runtime really keeps keys and values where a profile wants `wanted`."""
 
-        A tensor that is stored in two pieces has a second entry under `NAME#piece`.
+    def encodings(self, order: Order) -> dict[str, Encoding]:
+        """Canonical name -> how it would be stored; reads no weights.
+
+        A tensor that is stored in two pieces has a second entry under `NAME#piece`, the copy for prefill one under
+        `NAME#prefill`.
         Raises UnsupportedError where a block has no handler or a scheme no encoding in this format.
         """
 
     def write(self, job: ExportJob) -> tuple[Written, ...]:
         """Write the files into `job.out`, reading each tensor once."""
 
-    def notes(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+    def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for manifests: `requires` (runtime -> version), `stock` (what a stock app gets), `notes`; sentences."""

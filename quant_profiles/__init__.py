@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from vlmedge.quant_profiles.plan import hints, plan
-from vlmedge.quant_profiles.profile import LayerSelector, QuantProfile, QuantRule, Scheme, load_profile, profile_names
+from vlmedge.quant_profiles.plan import hints, plan, prefill_plan
+from vlmedge.quant_profiles.profile import (
+    KvCache,
+    LayerSelector,
+    QuantProfile,
+    QuantRule,
+    Scheme,
+    load_profile,
+    profile_names,
+    profiles_for,
+)
 
 __all__ = [
+    "KvCache",
     "LayerSelector",
     "QuantProfile",
     "QuantRule",
@@ -13,5 +23,7 @@ __all__ = [
     "hints",
     "load_profile",
     "plan",
+    "prefill_plan",
     "profile_names",
+    "profiles_for",
 ]

@@ -5,6 +5,9 @@ Precedence, first hit wins:
 2. the profile's rules in the order of its file; a rule with `layers` holds in the selected layers only.
 A tensor that no rule matches is an error: end a profile with `match = "*"`.
 
+The rules under `prefill` give schemes to a second copy of the matrices in the decoder's layers, the first hit again;
+a matrix that none of them matches has no second copy.
+
 A rule that matches nothing in this model is an error where no model has such a tensor (it is misspelt), and a hint
 where another model has (a rule for gated MLPs, the region heads of a model without them).
 """
@@ -52,31 +55,30 @@ def plan(profile: QuantProfile, spec: ModelSpec) -> dict[str, Scheme]:
     Raises UsageError for a rule that no model's tensors match, and for a tensor that no rule matches.
     """
     shapes = spec.tensors()
-    _check_rules(profile, list(shapes))
-    winners = _winners(profile, shapes)
+    _check_rules(_Rules.of(profile), list(shapes))
+    winners = _winners(profile.rules, shapes)
     for name, rule in winners.items():
         if rule is None and not kept(name, shapes[name]):
             raise UsageError(f'profile {profile.name} has no rule for {name}; end it with a rule that has match = "*"')
     return {name: F32 if rule is None else rule.scheme for name, rule in winners.items()}
 
 
+def prefill_plan(profile: QuantProfile, spec: ModelSpec) -> dict[str, Scheme]:
+    """Give the second copy's tensors their schemes, in the order of `spec.tensors()`; {} where the profile has none.
+
+    Raises UsageError for a rule that matches no tensor of any model's decoder layers.
+    """
+    shapes = spec.tensors()
+    _check_rules(_Rules.of(profile, prefill=True), [name for name in shapes if _copied(name)])
+    winners = _winners(profile.prefill, shapes)
+    return {name: rule.scheme for name, rule in winners.items() if rule is not None and _copied(name)}
+
+
 def hints(profile: QuantProfile, spec: ModelSpec) -> tuple[str, ...]:
     """One line for each rule that decides nothing in this model, though it is not misspelt."""
     shapes = spec.tensors()
-    used = {id(rule) for rule in _winners(profile, shapes).values()}
-    layers = _layer_counts(shapes)
-    out = []
-    for number, rule in enumerate(profile.rules, 1):
-        if id(rule) in used:
-            continue
-        if not any(fnmatchcase(name, rule.match) for name in shapes):
-            reason = "this model has no such tensor"
-        elif not any(rule.matches(name, *_place(name, layers)) for name in shapes):
-            reason = "its layers select none of this model's"
-        else:
-            reason = "earlier rules take what it matches"
-        out.append(f"profile {profile.name}: rule {number} ({rule.match!r}) decides nothing: {reason}")
-    return tuple(out)
+    copied = {name: shape for name, shape in shapes.items() if _copied(name)}
+    return (*_idle(_Rules.of(profile), shapes), *_idle(_Rules.of(profile, prefill=True), copied))
 
 
 def vocabulary(layers: int) -> Iterator[str]:
@@ -95,24 +97,62 @@ def vocabulary(layers: int) -> Iterator[str]:
     yield from RegionSpec(2, 1, 2, 1, hidden=1, activation="gelu", size_scale="log2").tensors(1)
 
 
-def _winners(profile: QuantProfile, shapes: dict[str, Shape]) -> dict[str, QuantRule | None]:
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """One list of rules of a profile, with the words for it in messages."""
+
+    title: str
+    whose: str
+    rules: tuple[QuantRule, ...]
+    prefill: bool
+
+    @classmethod
+    def of(cls, profile: QuantProfile, *, prefill: bool = False) -> _Rules:
+        """The profile's rules, or those of its copy for prefill."""
+        if prefill:
+            return cls(f"profile {profile.name}: prefill rule", "any model's decoder layers", profile.prefill, True)
+        return cls(f"profile {profile.name}: rule", "any model", profile.rules, False)
+
+
+def _copied(name: str) -> bool:
+    """Is it a tensor that a copy for prefill has, where the rules say so?"""
+    return name.startswith("decoder.layers.")
+
+
+def _winners(rules: tuple[QuantRule, ...], shapes: dict[str, Shape]) -> dict[str, QuantRule | None]:
     layers = _layer_counts(shapes)
     return {
         name: None
         if kept(name, shape)
-        else next((rule for rule in profile.rules if rule.matches(name, *_place(name, layers))), None)
+        else next((rule for rule in rules if rule.matches(name, *_place(name, layers))), None)
         for name, shape in shapes.items()
     }
 
 
-def _check_rules(profile: QuantProfile, names: list[str]) -> None:
-    for number, rule in enumerate(profile.rules, 1):
+def _idle(given: _Rules, shapes: dict[str, Shape]) -> Iterator[str]:
+    """A line for each rule that decides nothing, with the reason."""
+    used = {id(rule) for rule in _winners(given.rules, shapes).values()}
+    layers = _layer_counts(shapes)
+    for number, rule in enumerate(given.rules, 1):
+        if id(rule) in used:
+            continue
+        if not any(fnmatchcase(name, rule.match) for name in shapes):
+            reason = "this model has no such tensor"
+        elif not any(rule.matches(name, *_place(name, layers)) for name in shapes):
+            reason = "its layers select none of this model's"
+        else:
+            reason = "earlier rules take what it matches"
+        yield f"{given.title} {number} ({rule.match!r}) decides nothing: {reason}"
+
+
+def _check_rules(given: _Rules, names: list[str]) -> None:
+    for number, rule in enumerate(given.rules, 1):
         if any(fnmatchcase(name, rule.match) for name in names):
             continue
-        known = list(vocabulary(128))
+        known = [name for name in vocabulary(128) if _copied(name) or not given.prefill]
         if not any(fnmatchcase(name, rule.match) for name in known):
             raise UsageError(
-                f"profile {profile.name}: rule {number} matches no tensor of any model: {rule.match!r}"
+                f"{given.title} {number} matches no tensor of {given.whose}: {rule.match!r}"
                 f"{_nearest_pattern(rule.match, known)}"
             )
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from vlmedge.errors import UsageError, nearest
 from vlmedge.records import decode
@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "profiles"
+KvCache: TypeAlias = Literal["f32", "f16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +25,16 @@ class Scheme:
     """How the values of one tensor are stored, in no format's words.
 
     `kind` "float": `bits` is 32 or 16. `kind` "int": `bits` per value, `group_size` neighbours in a row share a
-    scale (0: the whole row does), `symmetric`: there is a scale and no offset. `native`: a format's own type for
-    this tensor, by format name; it wins over the rest in that format.
+    scale (0: the whole row does), `symmetric`: there is a scale and no offset. `activations`: bits of what the
+    tensor is multiplied with, quantized at run time (8), or 0 for floats; formats whose kernels decide it themselves
+    do not look at it. `native`: a format's own type for this tensor, by format name; it wins over the rest there.
     """
 
     kind: Literal["float", "int"]
     bits: int
     group_size: int = 0
     symmetric: bool = True
+    activations: int = 0
     native: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -43,6 +46,11 @@ class Scheme:
             )
         if self.group_size < 0:
             raise UsageError(f"a scheme has the group_size {self.group_size}; it counts values, 0 means the whole row")
+        if self.activations not in ((0, 8) if self.kind == "int" else (0,)):
+            raise UsageError(
+                f"a scheme of kind {self.kind} has {self.activations}-bit activations; "
+                f"possible: {'0 (floats), 8' if self.kind == 'int' else '0 (floats)'}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +100,10 @@ class QuantRule:
 
 @dataclass(frozen=True, slots=True)
 class QuantProfile:
-    """A named list of rules. `kv_cache` is the type in which runtimes keep keys and values.
+    """A named list of rules. `kv_cache` is the type in which runtimes keep keys and values, where they can.
 
+    `formats`: those that it is made for; empty: every one. `prefill`: rules for a second copy of the matrices in the
+    decoder's layers, used for calls of many positions; empty: one copy does for all.
     `tolerance`: the largest relative RMS difference from the original that an export may show at a stage
     (`features`, `projected`, `logits`); a stage that is absent is measured and not judged.
     """
@@ -101,13 +111,21 @@ class QuantProfile:
     name: str
     summary: str
     rules: tuple[QuantRule, ...]
-    kv_cache: Literal["f32", "f16"] = "f16"
+    kv_cache: KvCache = "f16"
+    formats: tuple[str, ...] = ()
+    prefill: tuple[QuantRule, ...] = ()
     tolerance: dict[str, float] = field(default_factory=dict, hash=False)
 
 
 def profile_names() -> tuple[str, ...]:
     """Names of the profiles that ship, in alphabetical order."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.toml")))
+
+
+def profiles_for(format: str) -> tuple[str, ...]:
+    """Names of the shipped profiles that a format has, in alphabetical order."""
+    found = {name: load_profile(name).formats for name in profile_names()}
+    return tuple(name for name, formats in found.items() if not formats or format in formats)
 
 
 def load_profile(name: str) -> QuantProfile:

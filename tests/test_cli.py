@@ -14,7 +14,7 @@ import pytest
 
 from vlmedge import __version__
 from vlmedge.cli import VERBS, group, main
-from vlmedge.cli.options import FORMATS
+from vlmedge.cli.options import FLAVOURS, FORMATS, chosen_profile
 from vlmedge.exporters import EXPORTERS
 from vlmedge.quant_profiles import profile_names
 
@@ -157,6 +157,9 @@ def test_profiles(succeed):
     assert [p["name"] for p in found] == list(profile_names())
     table = succeed("profiles").out
     assert all(p["summary"] in table for p in found)
+    formats = {p["name"]: p["formats"] for p in found}
+    assert formats["q3"] == ["gguf"]
+    assert formats["q4"] == list(FORMATS)
 
 
 def test_models(succeed):
@@ -256,4 +259,30 @@ def test_a_terminal_sees_progress(golden, tmp_path):
 
 
 def test_the_formats_in_the_help_are_those_that_exist():
-    assert tuple(EXPORTERS) == FORMATS
+    assert {name: EXPORTERS[name].default_profile for name in EXPORTERS} == FORMATS
+    for name in EXPORTERS:
+        assert EXPORTERS[name].flavours == FLAVOURS.get(name, ("",))
+
+
+def test_every_flag_stands_for_its_profile():
+    for name in profile_names():
+        flags = {f"profile_{name.replace('-', '_')}": True}
+        assert chosen_profile(None, flags) == name
+    assert chosen_profile(None, {}) is None
+
+
+def test_profiles_and_flavours_of_other_formats(refused, golden):
+    words = ("plan", golden, "--format", "gguf")
+    line = refused(*words, "--q4-fast", code=2)
+    assert "profile q4-fast is for onnx, not gguf; for gguf there are: f16, f32, " in line
+    assert "gguf has no flavours; leave 'ort' out" in refused(*words, "--flavour", "ort", code=2)
+    words = ("plan", golden, "--format", "onnx")
+    assert "profile q3 is for gguf, not onnx; for onnx there are: " in refused(*words, "--q3", code=2)
+    line = refused(*words, "--flavour", "portible", code=2)
+    assert "onnx has no flavour 'portible'; did you mean 'portable'?" in line
+
+
+def test_a_provider_for_a_runtime_without(refused, bundle, golden, photo):
+    for source, runtime in ((bundle, "llamacpp"), (golden, "torch")):
+        line = refused("run", source, photo, "--provider", "cuda", code=2)
+        assert f"the runtime '{runtime}' has no execution providers; leave out the provider 'cuda'" in line

@@ -93,7 +93,7 @@ def test_wrong_weights(golden, tmp_path, monkeypatch, stage, fault):
 
 @pytest.mark.parametrize(("stage", "fault"), FACTS.values(), ids=FACTS)
 def test_wrong_facts_in_the_metadata(golden, tmp_path, monkeypatch, stage, fault):
-    inject(monkeypatch, spec=fault)
+    inject(monkeypatch, order=lambda order: replace(order, spec=fault(order.spec)))
     refused(golden, tmp_path / "x", "f32", stage)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,12 +20,13 @@ from PIL import Image
 from vlmedge.checkpoint import open_folder
 from vlmedge.errors import CheckpointError, OutputError, RuntimeFailedError, UnsupportedError
 from vlmedge.exporters import EXPORTERS, ExportJob, Written
+from vlmedge.exporters.choice import choose
 from vlmedge.exporters.gguf import layout, quantizer, stream
 from vlmedge.exporters.gguf.ggml import TYPES, fitting, wanted
 from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.exporters.gguf.vocabulary import CONTROL, NORMAL, UNUSED, read_vocabulary
 from vlmedge.families import family_of
-from vlmedge.quant_profiles import Scheme, load_profile, plan, profile_names
+from vlmedge.quant_profiles import Scheme, load_profile, plan, profiles_for
 from vlmedge.runtimes.llamacpp_session import LlamaCppSession
 from vlmedge.session import F32
 from vlmedge.spec import ModelSpec
@@ -49,10 +51,9 @@ class Model:
         self._folder, self._done = folder, dict[str, tuple[Path, tuple[Written, ...]]]()
 
     def job(self, profile: str, out: Path, threads: int = 2) -> ExportJob:
-        rules = load_profile(profile)
         about = {"licence": "Apache-2.0", "repo": "someone/tiny", "revision": "main"}
-        schemes = plan(rules, self.spec)
-        return ExportJob(self.spec, self.tensors, schemes, self.tokenizer, "tiny", out, threads=threads, about=about)
+        order = choose("gguf", profile).order(self.spec)
+        return ExportJob(order, self.tensors, self.tokenizer, "tiny", out, threads=threads, about=about)
 
     def export(self, profile: str) -> Path:
         return self._run(profile)[0]
@@ -88,17 +89,21 @@ def keys(path: Path) -> dict[str, object]:
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
+def with_order(job: ExportJob, **changes: Any) -> ExportJob:
+    return replace(job, order=replace(job.order, **changes))
+
+
 def close(kind: str, got: F32, want: F32) -> None:
     scale = np.abs(want).max(axis=1, keepdims=True)
     worst = float((np.abs(got - want) / np.maximum(scale, 1e-12)).max())
     assert worst <= ERROR[kind], (kind, worst)
 
 
-@pytest.mark.parametrize("profile", profile_names())
+@pytest.mark.parametrize("profile", profiles_for("gguf"))
 def test_stored_values_are_the_sources(model: Model, profile: str):
     out = model.export(profile)
     stored = {file: read(out / file) for file in (TEXT, MMPROJ, HEADS)}
-    encodings = EXPORTERS["gguf"].encodings(model.spec, plan(load_profile(profile), model.spec))
+    encodings = EXPORTERS["gguf"].encodings(choose("gguf", profile).order(model.spec))
     assert sum(map(len, stored.values())) == len(encodings)
     for name, encoding in encodings.items():
         kind, got = stored[encoding.file][encoding.tensor]
@@ -116,7 +121,7 @@ def test_stored_values_are_the_sources(model: Model, profile: str):
 
 def test_files_hold_what_encodings_promise(model: Model):
     out = model.export("q4")
-    encodings = EXPORTERS["gguf"].encodings(model.spec, plan(load_profile("q4"), model.spec))
+    encodings = EXPORTERS["gguf"].encodings(choose("gguf", "q4").order(model.spec))
     for file in (TEXT, MMPROJ, HEADS):
         reader = {t.name: t for t in gguf.GGUFReader(out / file).tensors}
         for encoding in encodings.values():
@@ -222,7 +227,7 @@ def test_types_fall_back_as_in_llama_cpp(kind: str, columns: int, chosen: str):
 
 
 def test_fallbacks_are_noted(model: Model):
-    encodings = EXPORTERS["gguf"].encodings(model.spec, plan(load_profile("q4"), model.spec))
+    encodings = EXPORTERS["gguf"].encodings(choose("gguf", "q4").order(model.spec))
     assert encodings["decoder.embed.weight"].type == "Q5_0"
     assert encodings["decoder.embed.weight"].note == "Q4_K needs rows of a multiple of 256, these have 128"
     assert encodings["vision.patch.weight"].note == "a convolution's kernel has no Q8_0 form"
@@ -282,7 +287,7 @@ def test_progress_names_every_tensor_once(model: Model, tmp_path: Path):
 
 
 def test_notes_say_what_a_stock_app_gets(model: Model):
-    notes = EXPORTERS["gguf"].notes(model.spec, model.tokenizer)
+    notes = EXPORTERS["gguf"].notes(choose("gguf").order(model.spec), model.tokenizer)
     assert "llama-cpp-python" in notes["requires"]
     assert any("one crop" in sentence for sentence in notes["stock"])
     assert any("cannot detect or point" in sentence for sentence in notes["stock"])
@@ -323,10 +328,10 @@ def test_what_is_no_tokenizer_is_refused(model: Model):
 def test_a_decoder_that_llama_cpp_lacks_is_named(model: Model):
     gated = replace(model.spec, decoder=replace(model.spec.decoder, parallel_residual=False))
     with pytest.raises(UnsupportedError, match=r"parallel_residual = False \(the nearest is phi2\)"):
-        EXPORTERS["gguf"].encodings(gated, plan(load_profile("f16"), gated))
+        EXPORTERS["gguf"].encodings(choose("gguf", "f16").order(gated))
     exact = replace(model.spec, vision=replace(model.spec.vision, activation="gelu"))
     with pytest.raises(UnsupportedError, match="the vision has gelu"):
-        EXPORTERS["gguf"].encodings(exact, plan(load_profile("f16"), exact))
+        EXPORTERS["gguf"].encodings(choose("gguf", "f16").order(exact))
 
 
 @pytest.mark.parametrize(("value", "text"), [(np.nan, "NaN or infinite"), (1e5, "beyond f16's 65504")])
@@ -392,7 +397,7 @@ def test_memory_is_bounded_by_blocks_of_rows(model: Model, tmp_path: Path):
     spec = replace(model.spec, decoder=decoder)
     big = {"decoder.embed.weight": (40_000, 128), "decoder.head.weight": (40_000, 128), "decoder.head.bias": (40_000,)}
     tensors = {**model.tensors, **{name: Watched(np.zeros(shape, np.float32)) for name, shape in big.items()}}
-    job = replace(model.job("q8", tmp_path), spec=spec, tensors=tensors)
+    job = replace(with_order(model.job("q8", tmp_path), spec=spec), tensors=tensors)
     EXPORTERS["gguf"].write(job)
     assert 0 < largest[0] <= stream.UNIT
 
@@ -439,7 +444,7 @@ def test_stock_llama_cpp_answers(model: Model, tmp_path: Path, profile: str, cha
 
 def test_a_large_decoder_is_cut_into_parts_that_llama_cpp_opens(model: Model, tmp_path: Path):
     """Names and split keys as llama.cpp's own; every tensor once; the same values; the first part opens all."""
-    job = replace(model.job("q8", tmp_path), max_part=200_000)
+    job = with_order(model.job("q8", tmp_path), max_part=200_000)
     files = [written.path for written in EXPORTERS["gguf"].write(job)]
     parts = [name for name in files if name.startswith("text-")]
     assert parts == [layout.part_name(i + 1, len(parts)) for i in range(len(parts))]

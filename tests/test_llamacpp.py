@@ -18,9 +18,9 @@ from vlmedge import imaging
 from vlmedge.checkpoint import open_folder
 from vlmedge.errors import BundleError, ContextError, MissingExtraError, RuntimeFailedError, UnsupportedError
 from vlmedge.exporters import EXPORTERS, ExportJob
+from vlmedge.exporters.choice import choose
 from vlmedge.families import family_of
 from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
-from vlmedge.quant_profiles import load_profile, plan
 from vlmedge.regions import RegionDecoder
 from vlmedge.runtimes import Opening, llamacpp, llamacpp_probe
 from vlmedge.runtimes.cores import physical_cores
@@ -52,10 +52,9 @@ def bundle(tmp_path_factory) -> Bundle:
     family = family_of(checkpoint)
     spec = family.spec(checkpoint)
     tensors = family.weights(spec).bind(checkpoint.tensors)
-    profile = load_profile("f32")
     folder = tmp_path_factory.mktemp("golden")
     EXPORTERS["gguf"].write(
-        ExportJob(spec, tensors, plan(profile, spec), family.tokenizer(checkpoint), "tiny", folder, threads=2)
+        ExportJob(choose("gguf", "f32").order(spec), tensors, family.tokenizer(checkpoint), "tiny", folder, threads=2)
     )
     return Bundle(spec, folder, dict(np.load(TINY / "stages.npz")))
 

@@ -15,12 +15,12 @@ import pytest
 import vlmedge
 from vlmedge import pipeline, tensorfile
 from vlmedge.bundle import MANIFEST, open_bundle
-from vlmedge.errors import CheckpointError, UsageError, VerificationError
+from vlmedge.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.loading import describe, missing_for
 
 EXPORT_KEYS = {
-    "bundle", "format", "profile", "bytes", "bits_per_weight", "seconds", "peak_rss_mb", "verification",
+    "bundle", "format", "flavour", "profile", "bytes", "bits_per_weight", "seconds", "peak_rss_mb", "verification",
 }  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_plan_and_dry_run_say_the_same(hollow, tmp_path, succeed):
     assert plan.data == dry.data
     assert plan.err == dry.err == ""
     assert not out.exists()
-    assert set(plan.data) == {"source", "format", "profile", "bytes", "tensors"}
+    assert set(plan.data) == {"source", "format", "flavour", "profile", "bytes", "tensors"}
     assert plan.data["bytes"] == sum(t["bytes"] for t in plan.data["tensors"])
     keys = {"name", "shape", "file", "tensor", "stored_shape", "type", "bytes", "note"}
     assert all(set(t) == keys for t in plan.data["tensors"])
@@ -217,6 +217,38 @@ def test_plan_as_a_table(golden, succeed):
     assert done.err == ""
     assert all(name in done.out for name in planned.encodings)
     assert done.out.endswith(f"{len(planned.encodings)} tensors, {planned.bytes:,} bytes\n")
+
+
+def test_without_a_profile_it_is_the_formats_own(golden):
+    assert pipeline.plan(golden, "gguf") == pipeline.plan(golden, "gguf", "q4")
+
+
+def test_a_copy_for_prefill_has_entries_of_its_own(golden):
+    turbo, fast = (pipeline.plan(golden, "onnx", profile) for profile in ("turbo", "q4-fast"))
+    more = set(turbo.encodings) - set(fast.encodings)
+    matrices = {name for name, shape in turbo.shapes.items() if name.startswith("decoder.layers.") and len(shape) == 2}
+    assert more == {f"{name}#prefill" for name in matrices}
+    assert turbo.bytes > fast.bytes
+
+
+def test_a_profile_of_another_format_is_refused(golden, tmp_path):
+    words = "profile q4-fast is for onnx, not gguf; for gguf there are: f16, f32, q3, q4, q4_0, q5, q6, q8$"
+    for verb in (pipeline.plan, pipeline.export):
+        with pytest.raises(UsageError, match=words):
+            verb(golden, "gguf", "q4-fast")
+    path = tmp_path / "mine.toml"
+    rule = '[[rules]]\nmatch = "*"\nscheme = { kind = "float", bits = 16 }\n'
+    path.write_text(f'summary = ""\nformats = ["gguf", "gguff"]\n{rule}')
+    with pytest.raises(UsageError, match="profile mine names the unknown format 'gguff'; did you mean 'gguf'"):
+        pipeline.plan(golden, "gguf", str(path))
+    path.write_text(f'summary = ""\n{rule}{rule.replace("rules", "prefill")}')
+    with pytest.raises(UnsupportedError, match="one copy of the decoder"):
+        pipeline.plan(golden, "gguf", str(path))
+
+
+def test_a_flavour_of_another_format_is_refused(golden):
+    with pytest.raises(UsageError, match="gguf has no flavours; leave 'portable' out"):
+        pipeline.plan(golden, "gguf", flavour="portable")
 
 
 def test_a_plan_of_what_is_not_there():

@@ -10,7 +10,16 @@ import pytest
 from vlmedge.checkpoint import open_folder
 from vlmedge.errors import UsageError
 from vlmedge.families import family_of
-from vlmedge.quant_profiles import LayerSelector, Scheme, hints, load_profile, plan, profile_names
+from vlmedge.quant_profiles import (
+    LayerSelector,
+    Scheme,
+    hints,
+    load_profile,
+    plan,
+    prefill_plan,
+    profile_names,
+    profiles_for,
+)
 from vlmedge.quant_profiles.plan import vocabulary
 from vlmedge.spec import ModelSpec
 
@@ -39,14 +48,16 @@ def refused(folder: Path, text: str, spec: ModelSpec | None = None) -> str:
 
 
 def test_the_promised_profiles_ship():
-    assert {"f32", "f16", "q8", "q6", "q5", "q4", "q4_0", "q3"} <= set(profile_names())
+    assert {"f32", "f16", "q8", "q6", "q5", "q4", "q4_0", "q3"} == set(profiles_for("gguf"))
+    assert {"f32", "f16", "w8a8", "q8", "q4", "q4_0", "q4-fast", "turbo"} == set(profiles_for("onnx"))
+    assert set(profiles_for("gguf")) | set(profiles_for("onnx")) == set(profile_names())
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_every_profile_parses_and_covers_every_tensor(name: str, spec: ModelSpec):
     profile = load_profile(name)
     assert profile.summary
-    assert profile.kv_cache == ("f32" if name == "f32" else "f16")
+    assert profile.kv_cache == {"f32": "f32", "w8a8": "f32", "q4-fast": "int8", "turbo": "int8"}.get(name, "f16")
     schemes = plan(profile, spec)
     assert list(schemes) == list(spec.tensors())
     for tensor, shape in spec.tensors().items():
@@ -159,6 +170,72 @@ scheme = { kind = "int", bits = 8 }
 def test_a_tensor_without_a_rule_is_an_error(tmp_path: Path, spec: ModelSpec):
     text = 'summary = ""\n[[rules]]\nmatch = "decoder.*"\nscheme = { kind = "int", bits = 8 }\n'
     assert "has no rule for vision.patch.weight; end it with a rule" in refused(tmp_path, text, spec)
+
+
+def test_w8a8_has_activations_wherever_something_is_multiplied(spec: ModelSpec):
+    schemes = plan(load_profile("w8a8"), spec)
+    assert schemes["decoder.embed.weight"] == Scheme("int", 8, group_size=32)
+    integers = {name: scheme for name, scheme in schemes.items() if scheme.kind == "int"}
+    assert len(integers) > 50
+    del integers["decoder.embed.weight"]
+    assert set(integers.values()) == {Scheme("int", 8, group_size=0, symmetric=True, activations=8)}
+
+
+def test_the_types_of_onnx(spec: ModelSpec):
+    big = replace(spec, decoder=replace(spec.decoder, layers=24))
+
+    def types(profile: str) -> list[str | None]:
+        schemes = plan(load_profile(profile), big)
+        names = ("decoder.head", "decoder.layers.0.attn.v", "decoder.layers.9.mlp.up", "projector.up", "vision.patch")
+        return [schemes[f"{name}.weight"].native.get("onnx") for name in names]
+
+    assert types("q4") == ["int8_32", "uint4_32", "uint4_32", "w8a8", "w8a8"]
+    assert types("q4_0") == ["int8_32", "int4_32", "int4_32", "w8a8", "w8a8"]
+    assert types("q8") == ["int8_32", "int8_32", "int8_32", "w8a8", "w8a8"]
+    fast = plan(load_profile("q4-fast"), big)
+    assert {s for name, s in fast.items() if name.startswith("decoder.") and s.kind == "int"} == {Scheme("int", 4, 128)}
+
+
+def test_turbo_is_q4_fast_and_a_w8a8_copy_of_the_layers(spec: ModelSpec):
+    turbo, fast, wide = (load_profile(name) for name in ("turbo", "q4-fast", "w8a8"))
+    assert plan(turbo, spec) == plan(fast, spec)
+    assert (turbo.kv_cache, turbo.tolerance) == (fast.kv_cache, fast.tolerance)
+    assert prefill_plan(fast, spec) == {}
+    copy, single = prefill_plan(turbo, spec), plan(wide, spec)
+    assert copy == {n: s for n, s in single.items() if n.startswith("decoder.layers.") and s.kind == "int"}
+    assert list(copy) == [name for name in spec.tensors() if name in copy]
+    assert len(copy) == 6 * spec.decoder.layers
+
+
+COPY = '\n[[prefill]]\nmatch = "{}"\nscheme = {{ kind = "int", bits = 8, activations = 8 }}\n'
+
+
+def test_a_prefill_rule_is_checked_as_the_others_are(tmp_path: Path, spec: ModelSpec):
+    def loaded(*patterns: str):
+        return load_profile(write(tmp_path, 'summary = ""\n' + LAST + "".join(map(COPY.format, patterns))))
+
+    words = "prefill rule 1 matches no tensor of any model's decoder layers"
+    for pattern in ("vision.*", "decoder.head.weight", "decoder.layers.*.attn.queue.weight"):
+        with pytest.raises(UsageError, match=words) as error:
+            prefill_plan(loaded(pattern), spec)
+        assert "\n" not in str(error.value)
+    assert "did you mean 'decoder.layers.*.attn.q" in str(error.value)
+    idle = loaded("decoder.layers.*.mlp.gate.weight", "decoder.*", "*")
+    reasons = [hint.partition(": ")[2] for hint in hints(idle, spec)]
+    assert reasons == [
+        "prefill rule 1 ('decoder.layers.*.mlp.gate.weight') decides nothing: this model has no such tensor",
+        "prefill rule 3 ('*') decides nothing: earlier rules take what it matches",
+    ]
+    copy = prefill_plan(idle, spec)
+    assert copy
+    assert all(name.startswith("decoder.layers.") and len(spec.tensors()[name]) == 2 for name in copy)
+
+
+def test_activations_are_8_bits_or_floats(tmp_path: Path):
+    rule = 'summary = ""\n[[rules]]\nmatch = "*"\nscheme = { kind = "int", bits = 8, activations = 4 }\n'
+    assert "a scheme of kind int has 4-bit activations; possible: 0 (floats), 8" in refused(tmp_path, rule)
+    floats = rule.replace('"int", bits = 8, activations = 4', '"float", bits = 16, activations = 8')
+    assert "a scheme of kind float has 8-bit activations; possible: 0 (floats)" in refused(tmp_path, floats)
 
 
 def test_the_vocabulary_holds_every_name_of_a_model(spec: ModelSpec):

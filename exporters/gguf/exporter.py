@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-from vlmedge.errors import OutputError, RuntimeFailedError
-from vlmedge.exporters.base import MAX_PART, Encoding, ExportJob, Written
+from vlmedge.errors import OutputError, RuntimeFailedError, UnsupportedError
+from vlmedge.exporters.base import Encoding, ExportJob, Order, Written
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.exporters.gguf.heads import heads_metadata
 from vlmedge.exporters.gguf.layout import Stored, layout, piece, role_of
@@ -21,7 +20,7 @@ from vlmedge.exporters.gguf.metadata import (
 )
 from vlmedge.exporters.gguf.stream import write_files
 from vlmedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
-from vlmedge.quant_profiles import Scheme
+from vlmedge.quant_profiles import KvCache
 from vlmedge.spec import ModelSpec
 
 REQUIRES = {"llama-cpp-python": ">=0.3.36", "llama.cpp": "the one in that version, or newer"}
@@ -33,6 +32,8 @@ class GgufExporter:
     """Writes text.gguf, mmproj.gguf and, where there is something to put into it, heads.gguf."""
 
     format = "gguf"
+    flavours = ("",)
+    default_profile = "q4"
 
     def missing(self) -> str | None:
         """Why this format cannot be written here, or None: all but f32 and f16 need ggml's quantizer."""
@@ -42,15 +43,17 @@ class GgufExporter:
             return str(error)
         return None
 
-    def encodings(self, spec: ModelSpec, plan: Mapping[str, Scheme], max_part: int = MAX_PART) -> dict[str, Encoding]:
+    def kv_cache(self, wanted: KvCache, flavour: str) -> KvCache:
+        """What llama.cpp keeps; its 8-bit caches are not used, they save memory and are slower."""
+        return "f32" if wanted == "f32" else "f16"
+
+    def encodings(self, order: Order) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.
 
         The joined projector's first layer is stored in two pieces, the second under `projector.up.weight#local`.
-        Raises UnsupportedError where llama.cpp has no such block or ggml no such type.
+        Raises UnsupportedError where llama.cpp has no such block or ggml no such type, and for a second copy.
         """
-        architecture(spec.decoder)
-        check_vision(spec)
-        stored = layout(spec, plan, max_part)
+        stored = _stored(order)
         return {piece(s): Encoding(s.file, s.tensor, s.kind.name, s.shape, s.bytes, s.note) for s in stored}
 
     def write(self, job: ExportJob) -> tuple[Written, ...]:
@@ -59,8 +62,8 @@ class GgufExporter:
         Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OutputError where
         the disk is full, RuntimeFailedError without ggml's quantizer.
         """
-        stored = layout(job.spec, job.plan, job.max_part)
-        metadata = _metadata(job, stored, read_vocabulary(job.tokenizer, job.spec.decoder.vocab))
+        stored = _stored(job.order)
+        metadata = _metadata(job, stored, read_vocabulary(job.tokenizer, job.order.spec.decoder.vocab))
         if any(s.kind.quantized for s in stored):
             quantizer.load(quantizer.library_path())
         try:
@@ -69,27 +72,35 @@ class GgufExporter:
             raise _output_error(job, error) from None
         return tuple(Written(file, role_of(file)) for file in metadata)
 
-    def notes(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+    def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what a stock app gets) and `notes`, both as sentences."""
-        vocabulary = read_vocabulary(tokenizer, spec.decoder.vocab)
+        vocabulary = read_vocabulary(tokenizer, order.spec.decoder.vocab)
         return {
             "requires": REQUIRES,
-            "stock": _stock(spec),
+            "stock": _stock(order.spec),
             "notes": vocabulary.notes,
         }
 
 
+def _stored(order: Order) -> tuple[Stored, ...]:
+    architecture(order.spec.decoder)
+    check_vision(order.spec)
+    if order.prefill:
+        raise UnsupportedError("gguf has one copy of the decoder for prefill and decoding; drop the [[prefill]] rules")
+    return layout(order.spec, order.plan, order.max_part)
+
+
 def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     """File -> its key-value pairs, in the order in which they are written."""
-    check_vision(job.spec)
-    text: dict[str, Any] = {"general.architecture": architecture(job.spec.decoder), "general.type": "model"}
+    spec = job.order.spec
+    text: dict[str, Any] = {"general.architecture": architecture(spec.decoder), "general.type": "model"}
     mmproj: dict[str, Any] = {"general.architecture": "clip", "general.type": "mmproj"}
     heads = heads_metadata()
     about = {ABOUT.get(key, f"general.source.{key}"): value for key, value in sorted(job.about.items()) if value}
     out: dict[str, dict[str, Any]] = {}
     for role, first, rest in (
-        ("text", text, text_metadata(job.spec, vocabulary)),
-        ("mmproj", mmproj, mmproj_metadata(job.spec, job.plan)),
+        ("text", text, text_metadata(spec, vocabulary)),
+        ("mmproj", mmproj, mmproj_metadata(spec, job.order.plan)),
         ("heads", heads, {}),
     ):
         kinds: Counter[int] = Counter()

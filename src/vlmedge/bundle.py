@@ -43,13 +43,16 @@ class SourceEntry:
 
 @dataclass(frozen=True, slots=True)
 class ProfileEntry:
-    """The quantization profile, a digest of its rules, and what came of it over all weights."""
+    """The quantization profile, a digest of its rules, and what came of it over all weights.
+
+    `kv_cache` is the type in which the format's runtime keeps keys and values, which may differ from the profile's.
+    """
 
     name: str
     digest: str
     parameters: int
     bits_per_weight: float
-    kv_cache: Literal["f32", "f16"]
+    kv_cache: Literal["f32", "f16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class TokenizerEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of `vlmedge.json`."""
+    """The content of `vlmedge.json`. `flavour`: which of the format's ways to write its files, "" where it has one."""
 
     schema: Literal["vlmedge.bundle/1"]
     producer: dict[str, str]
@@ -107,6 +110,7 @@ class Manifest:
     stock: tuple[str, ...]
     verification: dict[str, Any]
     notes: tuple[str, ...] = ()
+    flavour: str = ""
 
 
 @dataclass(frozen=True, slots=True)

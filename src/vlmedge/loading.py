@@ -16,6 +16,7 @@ from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 from vlmedge.registry import Registry
 from vlmedge.runtimes import RUNTIMES, Memory, Opening
+from vlmedge.runtimes.cache import cache_folder
 from vlmedge.skills import Model
 from vlmedge.sources import open_source
 from vlmedge.spec import ModelSpec
@@ -67,6 +68,7 @@ def load(
     memory: Memory = "fast",
     context: int | None = None,
     dtype: str = "f32",
+    provider: str | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Model:
@@ -74,15 +76,19 @@ def load(
 
     `runtime`: a name of `RUNTIMES`, by default the one for the bundle's format. `threads`: by default the
     physical cores. `memory`: see `runtimes.Opening`. `context`: positions to keep memory for, by default all that
-    the model has. `dtype`: the original's, "f32", "bf16" or "f16".
+    the model has. `dtype`: the original's, "f32", "bf16" or "f16". `provider`: the execution provider of a runtime
+    that has several. With `memory="lean"` a runtime may keep prepared files in `runtimes.cache.cache_folder()`.
     """
     if names_bundle(source):
-        return open_model(open_bundle(Path(source)), runtime, threads, memory=memory, context=context)
+        cache = cache_folder() if memory == "lean" else None
+        bundle = open_bundle(Path(source))
+        return open_model(bundle, runtime, threads, memory=memory, context=context, cache=cache, provider=provider)
     chosen = runtime or _runtime_for("checkpoint")
     if RUNTIMES[chosen].loads != "checkpoint":
         raise UsageError(
             f"the runtime '{chosen}' runs {RUNTIMES[chosen].loads} bundles; {source} is a checkpoint: export it first"
         )
+    _check_provider(chosen, provider)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     return open_original(found, threads, dtype=dtype, context=context, runtime=chosen)
 
@@ -129,8 +135,10 @@ def open_model(
     *,
     memory: Memory = "fast",
     context: int | None = None,
+    cache: Path | None = None,
+    provider: str | None = None,
 ) -> Model:
-    """Open a bundle's model with a runtime that runs its format."""
+    """Open a bundle's model with a runtime that runs its format; `cache` and `provider` as in `runtimes.Opening`."""
     manifest = bundle.manifest
     chosen = runtime or _runtime_for(manifest.format)
     entry = RUNTIMES[chosen]
@@ -139,10 +147,24 @@ def open_model(
     missing = entry.missing()
     if missing is not None:
         raise RuntimeFailedError(f"{bundle.path} cannot be run here: {missing}")
+    _check_provider(chosen, provider)
     tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
-    spec, kv_cache = with_context(manifest.model, context), manifest.profile.kv_cache
-    opening = Opening(spec, folder=bundle.path, threads=threads, memory=memory, kv_cache=kv_cache)
+    opening = Opening(
+        with_context(manifest.model, context),
+        folder=bundle.path,
+        threads=threads,
+        memory=memory,
+        kv_cache=manifest.profile.kv_cache,
+        flavour=manifest.flavour,
+        cache=cache,
+        provider=provider,
+    )
     return Model(manifest.model, entry.open(opening), tokenizer)
+
+
+def _check_provider(runtime: str, provider: str | None) -> None:
+    if provider is not None and not RUNTIMES[runtime].has_providers:
+        raise UsageError(f"the runtime '{runtime}' has no execution providers; leave out the provider '{provider}'")
 
 
 def _runtime_for(loads: str) -> str:

@@ -25,7 +25,7 @@ from vlmedge.bundle import (
 )
 from vlmedge.checkpoint import Checkpoint
 from vlmedge.contract import image_contract, prompt_contract
-from vlmedge.exporters import Encoding
+from vlmedge.exporters import Encoding, Order
 from vlmedge.loading import Described
 from vlmedge.prompt import skills
 from vlmedge.quant_profiles import QuantProfile
@@ -33,14 +33,15 @@ from vlmedge.records import encode
 from vlmedge.sources import DEMO
 from vlmedge.spec import COMPONENTS, DecoderSpec, ModelSpec, component
 
-_WRITERS = ("gguf", "libggml-python", "llama-cpp-python")
-_KV_BYTES = {"f32": 4, "f16": 2}
+_WRITERS = ("gguf", "libggml-python", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime")
+_KV_BYTES = {"f32": 4, "f16": 2, "int8": 1}
 
 
 def describe_bundle(
     found: Described,
     profile: QuantProfile,
     format: str,
+    order: Order,
     encodings: Mapping[str, Encoding],
     files: tuple[FileEntry, ...],
     licence: str,
@@ -60,7 +61,7 @@ def describe_bundle(
         source=SourceEntry(source_label(found.checkpoint), source.repo, source.revision, source.commit, dict(hashes)),
         licence=licence,
         profile=ProfileEntry(
-            profile.name, profile_digest(profile), parameters, _bits(stored, parameters), profile.kv_cache
+            profile.name, profile_digest(profile), parameters, _bits(stored, parameters), order.kv_cache
         ),
         components=components,
         files=files,
@@ -69,10 +70,11 @@ def describe_bundle(
         tokenizer=tokenizer_entry(found.tokenizer, tokenizer_file),
         skills=skills(spec.prompt),
         requires=dict(notes.get("requires") or {}),
-        memory=memory_entry(spec.decoder, components, profile.kv_cache),
+        memory=memory_entry(spec.decoder, components, order.kv_cache),
         stock=tuple(notes.get("stock") or ()),
         verification={"verified": False, "reason": "the export is not finished"},
         notes=tuple(notes.get("notes") or ()),
+        flavour=order.flavour,
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_manifest
 from vlmedge.errors import CheckpointError, VerificationError
-from vlmedge.exporters import EXPORTERS, MAX_PART, Encoding, ExportJob, Written
+from vlmedge.exporters import Encoding, ExportJob, Order, Written
+from vlmedge.exporters.choice import Choice, choose
 from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model
 from vlmedge.manifest import describe_bundle, source_label
 from vlmedge.parity.original import judge
@@ -24,8 +25,7 @@ from vlmedge.parity.trace import Trace, needed_context, trace
 from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
-from vlmedge.quant_profiles import QuantProfile, hints, load_profile
-from vlmedge.quant_profiles import plan as schemes_for
+from vlmedge.quant_profiles import QuantProfile, hints
 from vlmedge.sources import DEMO
 from vlmedge.spec import Shape
 from vlmedge.staging import staged
@@ -41,6 +41,7 @@ class Plan:
 
     source: str
     format: str
+    flavour: str
     profile: str
     shapes: Mapping[str, Shape]
     encodings: Mapping[str, Encoding]
@@ -54,26 +55,28 @@ class Plan:
 def plan(
     source: SourceLike,
     format: str,
-    profile: str = "q4",
+    profile: str | None = None,
     *,
+    flavour: str | None = None,
     max_part: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Compute what `export` would write. Reads configs and headers, no weights."""
-    exporter, rules = EXPORTERS[format], load_profile(profile)
+    """Compute what `export` would write, for the same arguments. Reads configs and headers, no weights."""
+    choice = choose(format, profile, flavour)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    encodings = exporter.encodings(found.spec, schemes_for(rules, found.spec), max_part or MAX_PART)
-    _tell_hints(rules, found, progress or Progress())
-    return Plan(os.fspath(source), format, rules.name, found.spec.tensors(), encodings)
+    encodings = choice.exporter.encodings(choice.order(found.spec, max_part))
+    _tell_hints(choice.profile, found, progress or Progress())
+    return Plan(os.fspath(source), format, choice.flavour, choice.profile.name, found.spec.tensors(), encodings)
 
 
 def export(
     source: SourceLike,
     format: str,
-    profile: str = "q4",
+    profile: str | None = None,
     out: SourceLike | None = None,
     *,
+    flavour: str | None = None,
     verify: bool = True,
     threads: int | None = None,
     max_part: int | None = None,
@@ -83,39 +86,37 @@ def export(
     """Convert a checkpoint into a bundle and return it.
 
     `source`: a known model, a hub id with optional @revision, a folder, or `demo:NAME`. `profile`: a shipped
-    name or the path of a .toml. `out`: the bundle's folder, by default `NAME-PROFILE.FORMAT` here; it must not
-    exist, and appears only when everything, verification included, is done. `max_part`: bytes that a file stays
-    under where the format can cut it, by default 1.4 GB.
+    name or the path of a .toml, by default the format's. `flavour`: where the format can write its files in several
+    ways, one of them. `out`: the bundle's folder, by default `NAME-PROFILE.FORMAT` here (another flavour than the
+    first is named too); it must not exist, and appears only when everything, verification included, is done.
+    `max_part`: bytes that a file stays under where the format can cut it, by default 1.4 GB.
     Raises a `VlmedgeError`; VerificationError names the first stage that does not agree with the original.
     """
     progress = progress or Progress()
-    exporter, rules = EXPORTERS[format], load_profile(profile)
+    choice = choose(format, profile, flavour)
     progress.stage("reading the checkpoint's headers")
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    schemes = schemes_for(rules, found.spec)
-    encodings = exporter.encodings(found.spec, schemes, max_part or MAX_PART)
-    _tell_hints(rules, found, progress)
-    target = Path(out) if out is not None else Path(f"{short_name(found)}-{rules.name}.{format}")
+    order = choice.order(found.spec, max_part)
+    encodings = choice.exporter.encodings(order)
+    _tell_hints(choice.profile, found, progress)
+    target = Path(out) if out is not None else Path(_folder_name(found, choice))
     with staged(target, int(sum(e.bytes for e in encodings.values()) * _OVERHEAD)) as folder:
         job = ExportJob(
-            spec=found.spec,
+            order=order,
             tensors=found.tensors,
-            plan=schemes,
             tokenizer=found.tokenizer,
             name=short_name(found),
             out=folder,
             threads=threads or os.cpu_count() or 1,
             progress=lambda _, count: progress.advance(count),
             about=_about(found),
-            max_part=max_part or MAX_PART,
         )
         with _hashing(found.checkpoint.files) as hashes:  # beside the work: hashing waits for the disk
             progress.stage("writing weights", sum(t.size for t in found.tensors.values()))
-            written = exporter.write(job)
+            written = choice.exporter.write(job)
             (folder / TOKENIZER).write_bytes(found.tokenizer)
-            manifest = _manifest(found, rules, format, encodings, written, folder, hashes)
-        lossless = all(scheme.kind == "float" for scheme in schemes.values())
-        gate = _Gate(rules.tolerance, lossless) if verify else None
+            manifest = _manifest(found, choice, order, encodings, written, folder, hashes)
+        gate = _gate(choice.profile, order) if verify else None
         manifest = _verified(Bundle(folder, manifest), found, gate, threads, progress)
         write_manifest(folder, manifest)
     return open_bundle(target)
@@ -127,6 +128,11 @@ def short_name(found: Described) -> str:
     if found.checkpoint.source.repo:
         label = label.partition("@")[0].rpartition("/")[2]
     return label.removeprefix(DEMO) or found.family.name
+
+
+def _folder_name(found: Described, choice: Choice) -> str:
+    flavour = "" if choice.flavour == choice.exporter.flavours[0] else f"-{choice.flavour}"
+    return f"{short_name(found)}-{choice.profile.name}{flavour}.{choice.exporter.format}"
 
 
 def _tell_hints(rules: QuantProfile, found: Described, progress: Progress) -> None:
@@ -143,8 +149,8 @@ def _about(found: Described) -> dict[str, str]:
 
 def _manifest(
     found: Described,
-    rules: QuantProfile,
-    format: str,
+    choice: Choice,
+    order: Order,
     encodings: Mapping[str, Encoding],
     written: tuple[Written, ...],
     folder: Path,
@@ -153,10 +159,9 @@ def _manifest(
     roles = {entry.path: entry.role for entry in written} | {TOKENIZER: "tokenizer"}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         files = tuple(pool.map(lambda path: file_entry(folder, path, roles[path]), sorted(roles)))
-    notes = EXPORTERS[format].notes(found.spec, found.tokenizer)
-    return describe_bundle(
-        found, rules, format, encodings, files, _about(found).get("licence", ""), notes, hashes.result(), TOKENIZER
-    )
+    notes, licence = choice.exporter.notes(order, found.tokenizer), _about(found).get("licence", "")
+    profile, format = choice.profile, choice.exporter.format
+    return describe_bundle(found, profile, format, order, encodings, files, licence, notes, hashes.result(), TOKENIZER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,11 @@ class _Gate:
 
     tolerance: Mapping[str, float]
     lossless: bool
+
+
+def _gate(profile: QuantProfile, order: Order) -> _Gate:
+    schemes = (*order.plan.values(), *order.prefill.values())
+    return _Gate(profile.tolerance, all(scheme.kind == "float" for scheme in schemes))
 
 
 def _verified(

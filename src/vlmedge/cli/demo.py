@@ -1,72 +1,91 @@
-"""vlmedge demo: the whole way on the shipped checkpoint, in one command."""
+"""vlmedge demo: the whole way on the shipped checkpoint, in one command; --serve shows it as a page."""
 
 from __future__ import annotations
 
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from vlmedge.cli.console import megabytes, print_table, shown, threads_option
-from vlmedge.errors import VerificationError
+from vlmedge.cli.console import megabytes, shown, threads_option
+from vlmedge.errors import UsageError
 
 if TYPE_CHECKING:
+    from vlmedge.demo.serve import Subject
     from vlmedge.skills import Model
 
 
-WORSE = 2  # right answers that quantization may cost on the shipped pictures
-
-
 @click.command("demo")
-@click.option("--out", metavar="DIR", help="Keep the bundle here [default: a temporary folder].")
+@click.option("--out", metavar="DIR", help="Keep the bundles and the drawing here [default: a temporary folder].")
+@click.option("--serve", is_flag=True, help="Open a local page instead: pictures of your own, boxes, timings.")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Of the page [default: a free one].")
+@click.option(
+    "--source", "--bundle", "source", metavar="SOURCE", help="What the page asks: a bundle, or as in 'vlmedge run'."
+)
+@click.option("--no-browser", is_flag=True, help="Only print the page's address.")
 @threads_option
-def command(out: str | None, threads: int | None) -> None:
-    """Export demo:moondream2 to GGUF q4 and ask it, and the original where it can run, about the shipped pictures.
+def command(
+    out: str | None, serve: bool, port: int | None, source: str | None, no_browser: bool, threads: int | None
+) -> None:
+    """Export demo:moondream2 to every format and ask the bundles, and the original, about the shipped pictures.
 
-    Exit code 1 where the export answers clearly worse than the original.
+    Only what can run here answers. Exit code 1 where an export answers clearly worse than the original.
     """
-    import tempfile
+    if serve:
+        if out is not None and source is not None:
+            raise UsageError("--out is for a bundle that is made; --source names one that exists")
+        _serve(source, out, port, not no_browser and sys.stdout.isatty(), threads)
+        return
+    for option, given in (("--port", port), ("--source", source), ("--no-browser", no_browser)):
+        if given:
+            raise UsageError(f"{option} goes with --serve")
+    from vlmedge.cli.demo_report import report
 
-    from vlmedge.loading import load, missing_for
-    from vlmedge.pipeline import export
+    report(Path(out) if out else None, threads)
+
+
+def _serve(source: str | None, out: str | None, port: int | None, browser: bool, threads: int | None) -> None:
+    from vlmedge.demo.serve import serving
 
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory())
-        folder = Path(out) if out else Path(temporary) / "moondream2-q4.gguf"
-        progress = stack.enter_context(shown(False))
-        bundle = export("demo:moondream2", "gguf", "q4", folder, threads=threads, progress=progress)
-        models = {"exported": stack.enter_context(load(bundle.path, threads=threads))}
-        if missing_for("checkpoint") is None:
-            models["original"] = stack.enter_context(load("demo:moondream2", threads=threads))
-        progress.stage("asking")
-        rows, right = _ask(models)
-        title = f"demo:moondream2 as GGUF q4, {megabytes(bundle.bytes)}"
-    print_table(title, ("picture", "question", "right answer", *models), rows)
-    click.echo("right: " + ", ".join(f"{name} {count} of {len(rows)}" for name, count in right.items()))
-    check_answers(right, len(rows))
+        model, subject = _opened(stack, source, out, threads)
+        address = stack.enter_context(serving(model, subject, port or 0))
+        click.echo(f"{subject.source} ({subject.what}) answers at {address} - Ctrl-C ends it")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+        try:
+            while True:
+                time.sleep(3600)  # an Event's wait would not hear Ctrl-C on Windows
+        except KeyboardInterrupt:
+            click.echo("\nended")
 
 
-def check_answers(right: dict[str, int], questions: int) -> None:
-    """Raise VerificationError where the export answers clearly worse than the original, if that was asked."""
-    exported, original = right["exported"], right.get("original", 0)
-    if exported < original - WORSE:
-        raise VerificationError(
-            f"the export answers {exported} of {questions} right and the original {original}: something installed "
-            "computes wrongly; 'vlmedge doctor' shows what there is"
-        )
+def _opened(stack: ExitStack, source: str | None, out: str | None, threads: int | None) -> tuple[Model, Subject]:
+    """The named model, or the demo checkpoint in the first format that runs here, and what the page says of it."""
+    from vlmedge.bundle import is_bundle, open_bundle
+    from vlmedge.cli.demo_report import SOURCE, export_one, runnable
+    from vlmedge.demo.serve import Subject
+    from vlmedge.loading import load
+
+    with shown(False) as progress:
+        name = source or SOURCE
+        path = Path(source) if source else export_one(*runnable(), _folder(stack, out), threads, progress).bundle.path
+        progress.stage(f"opening {name}")
+        model = stack.enter_context(load(source or path, threads=threads, progress=progress))
+    if not is_bundle(path):
+        return model, Subject(name, "the original")
+    bundle = open_bundle(path)
+    what = f"{bundle.manifest.format} {bundle.manifest.profile.name}, {megabytes(bundle.bytes)}"
+    return model, Subject(path.name if source else name, what)
 
 
-def _ask(models: dict[str, Model]) -> tuple[list[tuple[str, ...]], dict[str, int]]:
-    """One row per question, and how many each model answers right."""
-    from vlmedge.demo import demo_answers, demo_picture
+def _folder(stack: ExitStack, out: str | None) -> Path:
+    """Where bundles go."""
+    import tempfile
 
-    rows, right = [], dict.fromkeys(models, 0)
-    for entry in demo_answers():
-        for task in (task for task in entry["tasks"] if task["skill"] == "query"):
-            picture = demo_picture(entry["picture"])
-            answers = {name: model.query(picture, task["text"]).text.strip() for name, model in models.items()}
-            rows.append((entry["picture"], task["text"], task["answers"][0], *answers.values()))
-            for name, answer in answers.items():
-                right[name] += answer in task["answers"]
-    return rows, right
+    return Path(out or stack.enter_context(tempfile.TemporaryDirectory()))

@@ -13,7 +13,17 @@ from vlmedge import __version__
 from vlmedge.cli.console import json_option, print_json, print_table
 from vlmedge.errors import VlmedgeError
 
-BASE = ("numpy", "pillow", "tokenizers", "huggingface_hub", "gguf", "libggml-python", "onnx", "onnxruntime")
+BASE = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "huggingface_hub",
+    "gguf",
+    "libggml-python",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+)
 EXTRAS = {"llamacpp": "llama-cpp-python", "torch": "torch", "coreml": "coremltools", "optimum": "optimum", "ray": "ray"}
 
 

@@ -8,13 +8,21 @@ from typing import Any
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, quiet_option, shown, threads_option
-from vlmedge.cli.options import chosen_profile, format_option, part_option, pickle_option, profile_options
+from vlmedge.cli.options import (
+    chosen_profile,
+    flavour_option,
+    format_option,
+    part_option,
+    pickle_option,
+    profile_options,
+)
 
 
 @click.command("export")
 @click.argument("source")
 @format_option
 @profile_options
+@flavour_option
 @click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE.FORMAT here].")
 @click.option("--no-verify", is_flag=True, help="Do not compare with the original.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, read no weights, write nothing.")
@@ -27,6 +35,7 @@ def command(
     source: str,
     format_: str,
     quant: str | None,
+    flavour: str | None,
     out: str | None,
     no_verify: bool,
     dry_run: bool,
@@ -42,7 +51,7 @@ def command(
     if dry_run:
         from vlmedge.cli.plan import show_plan
 
-        show_plan(source, format_, profile, max_part, allow_pickle, quiet, as_json)
+        show_plan(source, format_, profile, flavour, max_part, allow_pickle, quiet, as_json)
         return
     from vlmedge.measure import peak_rss_mb
     from vlmedge.pipeline import export
@@ -54,6 +63,7 @@ def command(
             format_,
             profile,
             out,
+            flavour=flavour,
             verify=not no_verify,
             threads=threads,
             max_part=max_part,
@@ -67,6 +77,7 @@ def command(
             {
                 "bundle": str(bundle.path),
                 "format": manifest.format,
+                "flavour": manifest.flavour,
                 "profile": manifest.profile.name,
                 "bytes": bundle.bytes,
                 "bits_per_weight": bits,

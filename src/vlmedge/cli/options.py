@@ -1,4 +1,4 @@
-"""Options that several verbs share: the format, and one flag per quantization profile."""
+"""Options that several verbs share: the format and its flavour, and one flag per quantization profile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from vlmedge.errors import UsageError
 from vlmedge.quant_profiles import profile_names
 
 F = TypeVar("F", bound=Callable[..., Any])
-FORMATS = ("gguf",)  # the names of EXPORTERS, whose import would make --help slow
-DEFAULT_PROFILE = "q4"
+# Facts of EXPORTERS, whose import would make --help slow; a test holds them equal.
+FORMATS = {"gguf": "q4", "onnx": "w8a8"}  # format -> default profile
+FLAVOURS = {"onnx": ("ort", "portable")}  # of formats that have several
 LEAST_PART = 1_000_000
 
 
@@ -22,15 +23,21 @@ def format_option(function: F) -> F:
     return click.option("--format", "format_", required=True, metavar=metavar, help=text)(function)
 
 
+def flavour_option(function: F) -> F:
+    """Add --flavour."""
+    metavar = "|".join(name for names in FLAVOURS.values() for name in names)
+    text = f"How to write it [default: {', '.join(f'{names[0]} for {f}' for f, names in FLAVOURS.items())}]."
+    return click.option("--flavour", metavar=metavar, help=text)(function)
+
+
 def profile_options(function: F) -> F:
     """Add --quant NAME|FILE.toml and a flag for every shipped profile."""
     for name in reversed(profile_names()):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        flag = click.option(*spellings, f"profile_{name}", is_flag=True, help=f"Profile {name}.")
+        flag = click.option(*spellings, _flag_key(name), is_flag=True, help=f"Profile {name}.")
         function = flag(function)
-    return click.option(
-        "--quant", metavar="NAME|FILE.toml", help=f"A quantization profile [default: {DEFAULT_PROFILE}]."
-    )(function)
+    text = f"A quantization profile [default: {', '.join(f'{name} for {f}' for f, name in FORMATS.items())}]."
+    return click.option("--quant", metavar="NAME|FILE.toml", help=text)(function)
 
 
 def part_option(function: F) -> F:
@@ -59,10 +66,15 @@ def pickle_option(function: F) -> F:
     return click.option("--allow-pickle", is_flag=True, help=text)(function)
 
 
-def chosen_profile(quant: str | None, flags: dict[str, Any]) -> str:
-    """The one profile that was asked for; raises UsageError for two."""
-    names = [key.removeprefix("profile_") for key, on in flags.items() if key.startswith("profile_") and on]
+def chosen_profile(quant: str | None, flags: dict[str, Any]) -> str | None:
+    """The one profile that was asked for, None for the format's default; raises UsageError for two."""
+    names = [name for name in profile_names() if flags.get(_flag_key(name))]
     names += [quant] if quant else []
     if len(names) > 1:
         raise UsageError(f"choose one profile, not {' and '.join(names)}")
-    return names[0] if names else DEFAULT_PROFILE
+    return names[0] if names else None
+
+
+def _flag_key(profile: str) -> str:
+    """The parameter of a profile's flag: Python's names have no '-'."""
+    return f"profile_{profile.replace('-', '_')}"

@@ -7,13 +7,21 @@ from typing import Any
 import click
 
 from vlmedge.cli.console import json_option, megabytes, print_json, print_table, quiet_option, shown
-from vlmedge.cli.options import chosen_profile, format_option, part_option, pickle_option, profile_options
+from vlmedge.cli.options import (
+    chosen_profile,
+    flavour_option,
+    format_option,
+    part_option,
+    pickle_option,
+    profile_options,
+)
 
 
 @click.command("plan")
 @click.argument("source")
 @format_option
 @profile_options
+@flavour_option
 @part_option
 @pickle_option
 @quiet_option
@@ -22,6 +30,7 @@ def command(
     source: str,
     format_: str,
     quant: str | None,
+    flavour: str | None,
     max_part: int | None,
     allow_pickle: bool,
     quiet: bool,
@@ -29,17 +38,32 @@ def command(
     **flags: Any,
 ) -> None:
     """Print every tensor of SOURCE with its shape, encoding and bytes, and the total."""
-    show_plan(source, format_, chosen_profile(quant, flags), max_part, allow_pickle, quiet, as_json)
+    show_plan(source, format_, chosen_profile(quant, flags), flavour, max_part, allow_pickle, quiet, as_json)
 
 
 def show_plan(
-    source: str, format_: str, profile: str, max_part: int | None, allow_pickle: bool, quiet: bool, as_json: bool
+    source: str,
+    format_: str,
+    profile: str | None,
+    flavour: str | None,
+    max_part: int | None,
+    allow_pickle: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Compute and print a plan."""
     from vlmedge.pipeline import plan
 
     with shown(quiet) as progress:
-        found = plan(source, format_, profile, max_part=max_part, allow_pickle=allow_pickle, progress=progress)
+        found = plan(
+            source,
+            format_,
+            profile,
+            flavour=flavour,
+            max_part=max_part,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
     if as_json:
         tensors = [
             {
@@ -58,6 +82,7 @@ def show_plan(
             {
                 "source": found.source,
                 "format": found.format,
+                "flavour": found.flavour,
                 "profile": found.profile,
                 "bytes": found.bytes,
                 "tensors": tensors,
@@ -68,6 +93,7 @@ def show_plan(
         (name, " x ".join(map(str, e.shape)), e.type, f"{e.bytes:,}", e.file, e.note)
         for name, e in found.encodings.items()
     ]
-    title = f"{found.source} as {found.format}, profile {found.profile}: {megabytes(found.bytes)}"
+    flavour = f" ({found.flavour})" if found.flavour else ""
+    title = f"{found.source} as {found.format}{flavour}, profile {found.profile}: {megabytes(found.bytes)}"
     print_table(title, ("tensor", "shape", "type", "bytes", "file", "note"), rows, right=("bytes",))
     click.echo(f"{len(rows)} tensors, {found.bytes:,} bytes")

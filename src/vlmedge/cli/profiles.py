@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from vlmedge.cli.console import json_option, print_json, print_table
-from vlmedge.quant_profiles import load_profile, profile_names
+from vlmedge.cli.options import FORMATS
+from vlmedge.quant_profiles import QuantProfile, load_profile, profile_names
 
 
 @click.command("profiles")
@@ -14,9 +17,21 @@ def command(as_json: bool) -> None:
     """List the quantization profiles; --quant also takes the path of your own .toml."""
     found = [load_profile(name) for name in profile_names()]
     if as_json:
-        data = [{"name": p.name, "summary": p.summary, "rules": len(p.rules), "kv_cache": p.kv_cache} for p in found]
-        print_json({"profiles": data})
+        print_json({"profiles": [_facts(profile) for profile in found]})
         return
-    print_table(
-        "", ("profile", "rules", "what it is"), [(p.name, str(len(p.rules)), p.summary) for p in found], ("rules",)
-    )
+    rows = [(p.name, ", ".join(p.formats) or "all", str(_rules(p)), p.summary) for p in found]
+    print_table("", ("profile", "formats", "rules", "what it is"), rows, right=("rules",))
+
+
+def _facts(profile: QuantProfile) -> dict[str, Any]:
+    return {
+        "name": profile.name,
+        "summary": profile.summary,
+        "formats": list(profile.formats or FORMATS),
+        "rules": _rules(profile),
+        "kv_cache": profile.kv_cache,
+    }
+
+
+def _rules(profile: QuantProfile) -> int:
+    return len(profile.rules) + len(profile.prefill)

@@ -34,6 +34,7 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
 @click.option("--face", metavar="X,Y,X2,Y2", help="Instead: a face box, from which eyes are drawn and averaged.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
+@click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
 @click.option("--memory", callback=one_of("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions to keep memory for [default: all].")
 @click.option(
@@ -56,6 +57,7 @@ def command(
     image: str,
     question: str | None,
     runtime: str | None,
+    provider: str | None,
     memory: Any,
     context: int | None,
     dtype: str | None,
@@ -93,6 +95,7 @@ def command(
             memory=memory,
             context=context,
             dtype=dtype or "f32",
+            provider=provider,
             allow_pickle=allow_pickle,
             progress=progress,
         )

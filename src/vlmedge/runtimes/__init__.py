@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlmedge.quant_profiles import KvCache
 from vlmedge.registry import Registry
 from vlmedge.session import Session
 from vlmedge.spec import ModelSpec
@@ -21,7 +22,9 @@ class Opening:
 
     `memory`: "fast" holds one copy of the weights in the layout that computes fastest; "lean" maps the
     file, so that the system can drop pages. `dtype` is the original's ("f32", "bf16", "f16"). `kv_cache` is the
-    type of the stored keys and values, where the runtime has a choice.
+    type of the stored keys and values, where the runtime has a choice; it and `flavour` are the manifest's. `cache`:
+    a folder, perhaps not there yet, for files that make the next opening cheaper; None: write nothing anywhere.
+    `provider`: the execution provider that is wanted; None: the runtime chooses.
     """
 
     spec: ModelSpec
@@ -30,7 +33,10 @@ class Opening:
     threads: int | None = None
     memory: Memory = "fast"
     dtype: str = "f32"
-    kv_cache: Literal["f16", "f32"] = "f16"
+    kv_cache: KvCache = "f16"
+    flavour: str = ""
+    cache: Path | None = None
+    provider: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +44,14 @@ class Runtime:
     """One way to run a model.
 
     `loads`: the bundle format, or "checkpoint" for the original. `missing`: None where it can run here, else
-    one line that says what to do.
+    one line that says what to do. `has_providers`: `Opening.provider` means something to it.
     """
 
     name: str
     loads: str
     missing: Callable[[], str | None]
     open: Callable[[Opening], Session]
+    has_providers: bool = False
 
 
 RUNTIMES: Registry[Runtime] = Registry(
@@ -52,5 +59,6 @@ RUNTIMES: Registry[Runtime] = Registry(
     {
         "torch": "vlmedge.reference.runtime:RUNTIME",
         "llamacpp": "vlmedge.runtimes.llamacpp:RUNTIME",
+        "onnxruntime": "vlmedge.runtimes.onnxruntime:RUNTIME",
     },
 )

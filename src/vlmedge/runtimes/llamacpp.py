@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from typing import Literal
 
 from vlmedge.errors import BundleError, MissingExtraError
 from vlmedge.runtimes import Opening, Runtime
@@ -40,8 +41,9 @@ def open_session(opening: Opening) -> Session:
     if opening.folder is None:
         raise BundleError("the llamacpp runtime opens GGUF bundles, not checkpoints: vlmedge export --format gguf")
     check()
+    kv_type: Literal["f16", "f32"] = "f32" if opening.kv_cache == "f32" else "f16"
     return LlamaCppSession(
-        opening.spec, opening.folder, threads=opening.threads, memory=opening.memory, kv_type=opening.kv_cache
+        opening.spec, opening.folder, threads=opening.threads, memory=opening.memory, kv_type=kv_type
     )
 
 

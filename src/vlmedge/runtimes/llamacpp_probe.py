@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmedge.errors import RuntimeFailedError
+from vlmedge.runtimes.cache import cache_folder
 from vlmedge.runtimes.ggml_library import TYPE_F32, Ggml, GgmlTensor
 from vlmedge.session import F32, U8
 
@@ -74,9 +75,9 @@ def _message(said: str) -> str:
     )
 
 
-def _result_path(cache: Path | None) -> Path:
-    folder = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmedge"
-    return folder / f"llamacpp-{_fingerprint()}.txt"
+def _result_path(cache: Path | None) -> Path | None:
+    folder = cache or cache_folder()
+    return None if folder is None else folder / f"llamacpp-{_fingerprint()}.txt"
 
 
 def _fingerprint() -> str:
@@ -97,14 +98,16 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _remembered(path: Path) -> str | None:
+def _remembered(path: Path | None) -> str | None:
     try:
-        return path.read_text() or None
+        return (path.read_text() or None) if path else None
     except OSError:
         return None
 
 
-def _remember(path: Path, said: str) -> None:
+def _remember(path: Path | None, said: str) -> None:
+    if path is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")

@@ -1,0 +1,182 @@
+"""One pass over the checkpoint: threads read rows, encode them and write them into their places in the data files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vlmedge.errors import CheckpointError
+from vlmedge.exporters.base import ExportJob
+from vlmedge.exporters.onnx.files import FOLDER, Built
+from vlmedge.exporters.onnx.kv_scales import Observer, observers, scales_of
+from vlmedge.exporters.onnx.packing import block_rows, nibbles, signed
+from vlmedge.exporters.onnx.store import Section, Weight
+from vlmedge.quant_profiles.grids import Codes, encode
+from vlmedge.session import F32, U8
+from vlmedge.tensors import Tensor
+
+UNIT = 1 << 20  # elements that a thread reads, encodes and writes at a time: about 12 MB of buffers
+F16_MAX = 65504.0
+
+
+class DataFiles:
+    """The data files of an export, each as long as it will be."""
+
+    def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
+        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in sizes}
+        for name, size in sizes.items():
+            os.truncate(self._files[name], size)
+
+    def write(self, section: Section, start: int, data: npt.NDArray[np.generic]) -> None:
+        """Write an array at `start` bytes into a section."""
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        at = section.offset + start
+        while view:
+            wrote = os.pwrite(self._files[section.file], view, at)
+            view, at = view[wrote:], at + wrote
+
+    def close(self) -> None:
+        """Close them all."""
+        for file in self._files.values():
+            os.close(file)
+
+
+class RowSink:
+    """Takes rows of a matrix that is stored row after row, or of a vector."""
+
+    def __init__(self, weight: Weight, files: DataFiles) -> None:
+        self._weight, self._files = weight, files
+
+    def put(self, name: str, at: int, rows: F32) -> None:
+        """Encode and write rows, the first being number `at` of the stacked matrix."""
+        weight, sections = self._weight, self._weight.sections
+        if weight.kind.floating:
+            section = sections["values"]
+            data = rows if weight.kind.bits == 32 else _halves(name, rows)
+            self._files.write(section, at * section.bytes // weight.rows, data)
+            return
+        for role, array in block_rows(encode(rows, weight.kind.grid), weight.kind).items():
+            section = sections[role]
+            self._files.write(section, at * section.bytes // weight.rows, array)
+
+
+class ColumnSink:
+    """Takes rows of a matrix that is stored transposed: kept in memory until the last has come."""
+
+    def __init__(self, weight: Weight, files: DataFiles) -> None:
+        self._weight, self._files = weight, files
+        self._arrays: dict[str, npt.NDArray[np.generic]] = {}
+        self._missing = weight.rows
+        self._lock = threading.Lock()
+
+    def put(self, name: str, at: int, rows: F32) -> None:
+        """Encode rows, the first being number `at`; write the whole matrix with the last ones."""
+        codes = encode(rows, self._weight.kind.grid)
+        with self._lock:
+            if not self._arrays:
+                self._arrays = self._room(codes)
+        part = slice(at, at + len(rows))
+        self._arrays["codes"][:, part] = signed(codes.codes, self._weight.kind).T
+        self._arrays["scales"][:, part] = codes.scales.T
+        if codes.zeros is not None:
+            self._arrays["zeros"][:, part] = codes.zeros.T
+        with self._lock:
+            self._missing -= len(rows)
+            done = not self._missing
+        if done:
+            self._flush()
+
+    def _room(self, codes: Codes) -> dict[str, npt.NDArray[np.generic]]:
+        n, (_, k), groups = self._weight.rows, codes.codes.shape, codes.scales.shape[1]
+        out: dict[str, npt.NDArray[np.generic]] = {
+            "codes": np.empty((k, n), np.uint8),
+            "scales": np.empty((groups, n), codes.scales.dtype),
+        }
+        return out if codes.zeros is None else out | {"zeros": np.empty((groups, n), np.uint8)}
+
+    def _flush(self) -> None:
+        for role in list(self._arrays):
+            array = self._arrays.pop(role)
+            if array.dtype == np.uint8 and self._weight.kind.bits == 4:
+                array = _packed(array)
+            self._files.write(self._weight.sections[role], 0, array)
+
+
+Put = Callable[[str, int, F32], None]
+
+
+def write_data(job: ExportJob, built: Built) -> None:
+    """Write every data file into the job's `onnx` folder, each tensor read once, in the order of the checkpoint.
+
+    Raises CheckpointError for values that are not finite or beyond the range of F16, OSError where writing fails.
+    """
+    scales = tuple(built.store.kv_scales.values())
+    watching = observers(job.order.spec.decoder, job.tensors, scales)
+    with ExitStack() as stack:
+        files = DataFiles(job.out / FOLDER, built.sizes)
+        stack.callback(files.close)
+        readers = _readers(built, files)
+        # One thread more than cores, so that a read or write that waits leaves no core idle.
+        pool = ThreadPoolExecutor(max(1, job.threads) + 1, thread_name_prefix="vlmedge-export")
+        stack.callback(partial(pool.shutdown, cancel_futures=True))
+        work: list[tuple[str, int, list[Future[None]]]] = []
+        for name, tensor in job.tensors.items():
+            one = partial(_unit, name, tensor, readers.get(name, []), watching.get(name))
+            work.append((name, tensor.size, [pool.submit(one, start, stop) for start, stop in _units(tensor)]))
+        for name, size, futures in work:
+            for future in futures:
+                future.result()
+            job.progress(name, size)
+        for scale in scales:
+            seen = watching[f"decoder.layers.{scale.layer}.attn.{scale.part}.weight"]
+            files.write(scale.section, 0, scales_of(job.order.spec.decoder, scale.part, seen))
+
+
+def _readers(built: Built, files: DataFiles) -> dict[str, list[tuple[Put, int]]]:
+    """Canonical tensor -> who takes its rows, and the number of its first row there."""
+    out: dict[str, list[tuple[Put, int]]] = {}
+    for weight in built.store.weights.values():
+        sink = (ColumnSink if weight.form == "columns" else RowSink)(weight, files)
+        for source, start, _ in weight.pieces():
+            out.setdefault(source, []).append((sink.put, start))
+    return out
+
+
+def _units(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, UNIT // max(1, tensor.columns))
+    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
+
+
+def _unit(
+    name: str, tensor: Tensor, takers: list[tuple[Put, int]], watch: Observer | None, start: int, stop: int
+) -> None:
+    """Read rows once, and give them to everybody who stores them."""
+    try:
+        rows = tensor.read_rows(start, stop)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {name}: {error.strerror}") from None
+    if not np.isfinite(rows).all():
+        raise CheckpointError(f"{name} has NaN or infinite values in rows {start} to {stop}; it cannot be exported")
+    if watch is not None:
+        watch.see(start, rows)
+    for put, base in takers:
+        put(name, base + start, rows)
+
+
+def _halves(name: str, rows: F32) -> npt.NDArray[np.float16]:
+    if np.abs(rows).max(initial=0) > F16_MAX:
+        raise CheckpointError(f"{name} has values beyond f16's {F16_MAX:.0f}; choose f32 for it")
+    return rows.astype(np.float16)
+
+
+def _packed(codes: U8 | npt.NDArray[np.generic]) -> U8:
+    flat = codes.astype(np.uint8, copy=False).reshape(-1) & np.uint8(0xF)
+    return nibbles(np.pad(flat, (0, flat.size % 2)))
