@@ -10,7 +10,7 @@ from PIL import Image
 
 RUN_KEYS = {
     "skill", "text", "tokens", "prompt_tokens", "image_tokens", "crops", "boxes", "points", "finish", "runtime",
-    "timings_ms", "peak_rss_mb",
+    "timings_ms", "peak_rss_mb", "session",
 }  # fmt: skip
 SKILLS = {
     "query": ("What is this?",),
@@ -51,6 +51,7 @@ def test_json_of_every_skill(ask, skill, source, bundle):
     assert all(set(point) == {"x", "y"} for point in data["points"])
     assert data["timings_ms"]["total"] >= data["timings_ms"]["vision"] > 0
     assert data["peak_rss_mb"] > 10
+    assert data["session"]["threads"] >= 1
     assert data["prompt_tokens"] > 0
     assert 0 < len(data["tokens"]) <= 6 or skill in ("detect", "point", "gaze")
 

@@ -12,11 +12,20 @@ import pytest
 from vlmedge import pipeline
 from vlmedge.errors import VerificationError
 from vlmedge.runtimes.llamacpp_session import LlamaCppSession
+from vlmedge.runtimes.onnxruntime_session import OnnxSession
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import ArrayTensor, Tensor
 
 Tensors = Mapping[str, Tensor]
 Fault = Callable[[Tensors], Tensors]
+
+
+SESSIONS = {"gguf": LlamaCppSession, "onnx": OnnxSession}
+
+
+@pytest.fixture(params=SESSIONS)
+def format_(request) -> str:
+    return request.param
 
 
 def swapped(a: str, b: str) -> Fault:
@@ -67,11 +76,12 @@ FACTS: dict[str, tuple[str, Callable[[ModelSpec], ModelSpec]]] = {
     "rotary base": ("logits", lambda s: replace(s, decoder=replace(s.decoder, rope_theta=500_000.0))),
     "normalisation of pixels": ("features", lambda s: replace(s, image=replace(s.image, std=(0.3, 0.3, 0.3)))),
 }
+ELSEWHERE = ("onnx", "normalisation of pixels")  # its graphs take normalised pixels: the exporter knows nothing of it
 
 
-def refused(golden: Path, out: Path, profile: str, stage: str) -> None:
+def refused(golden: Path, out: Path, format_: str, profile: str, stage: str) -> None:
     with pytest.raises(VerificationError, match=f"at the stage '{stage}'"):
-        pipeline.export(golden, "gguf", profile, out, threads=1)
+        pipeline.export(golden, format_, profile, out, threads=1)
     assert not out.exists()
 
 
@@ -86,59 +96,68 @@ def inject(monkeypatch, **changes) -> None:
 
 
 @pytest.mark.parametrize(("stage", "fault"), WEIGHTS.values(), ids=WEIGHTS)
-def test_wrong_weights(golden, tmp_path, monkeypatch, stage, fault):
+def test_wrong_weights(golden, tmp_path, monkeypatch, format_, stage, fault):
     inject(monkeypatch, tensors=fault)
-    refused(golden, tmp_path / "x", "f32", stage)
+    refused(golden, tmp_path / "x", format_, "f32", stage)
 
 
-@pytest.mark.parametrize(("stage", "fault"), FACTS.values(), ids=FACTS)
-def test_wrong_facts_in_the_metadata(golden, tmp_path, monkeypatch, stage, fault):
+@pytest.mark.parametrize(("format_", "name"), [(f, n) for f in SESSIONS for n in FACTS if (f, n) != ELSEWHERE])
+def test_wrong_facts_in_the_files(golden, tmp_path, monkeypatch, format_, name):
+    stage, fault = FACTS[name]
     inject(monkeypatch, order=lambda order: replace(order, spec=fault(order.spec)))
-    refused(golden, tmp_path / "x", "f32", stage)
+    refused(golden, tmp_path / "x", format_, "f32", stage)
 
 
-def test_a_causal_picture(golden, tmp_path, monkeypatch):
-    forward = LlamaCppSession.forward
+def test_a_causal_picture(golden, tmp_path, monkeypatch, format_):
+    session = SESSIONS[format_]
+    forward = session.forward
 
     def causal(self, inputs, *, bidirectional=False, hidden=False, every=False):
         return forward(self, inputs, hidden=hidden, every=every)
 
-    monkeypatch.setattr(LlamaCppSession, "forward", causal)
-    refused(golden, tmp_path / "x", "f32", "logits")
+    monkeypatch.setattr(session, "forward", causal)
+    refused(golden, tmp_path / "x", format_, "f32", "logits")
 
 
-def test_no_bos(golden, tmp_path, monkeypatch):
-    forward = LlamaCppSession.forward
+def test_no_bos(golden, tmp_path, monkeypatch, format_):
+    session = SESSIONS[format_]
+    forward = session.forward
 
     def headless(self, inputs, *, bidirectional=False, hidden=False, every=False):
         rows = inputs[1:] if bidirectional else inputs
         return forward(self, rows, bidirectional=bidirectional, hidden=hidden, every=every)
 
-    monkeypatch.setattr(LlamaCppSession, "forward", headless)
-    refused(golden, tmp_path / "x", "f32", "logits")
+    monkeypatch.setattr(session, "forward", headless)
+    refused(golden, tmp_path / "x", format_, "f32", "logits")
 
 
-def test_other_tokens(golden, tmp_path, monkeypatch):
+def test_other_tokens(golden, tmp_path, monkeypatch, format_):
     """Right logits after the prompt and wrong tokens after it: a KV cache that loses a position."""
-    forward = LlamaCppSession.forward
+    session = SESSIONS[format_]
+    forward = session.forward
 
     def forgetful(self, inputs, *, bidirectional=False, hidden=False, every=False):
         if len(inputs) == 1:
             self.rewind(self.position - 1)
         return forward(self, inputs, bidirectional=bidirectional, hidden=hidden, every=every)
 
-    monkeypatch.setattr(LlamaCppSession, "forward", forgetful)
-    refused(golden, tmp_path / "x", "f32", "greedy tokens")
+    monkeypatch.setattr(session, "forward", forgetful)
+    refused(golden, tmp_path / "x", format_, "f32", "greedy tokens")
 
 
 EIGHT_BITS = ("q and k of a tower layer", "the projector's halves", "a region head")  # whatever the profile
-COARSE = [(profile, name) for profile in ("q4", "q3") for name in EIGHT_BITS]
-FINE = [("q8", name) for name in (*EIGHT_BITS, "q and k of a decoder layer", "the last decoder layer left out")]
+DECODER = ("q and k of a decoder layer", "the last decoder layer left out")
+COARSE = {"gguf": ("q4", "q3"), "onnx": ("q4", "q4-fast", "turbo")}
+FINE = {"gguf": ("q8",), "onnx": ("q8", "w8a8")}
+QUANTIZED = [
+    *((f, p, n) for f, profiles in COARSE.items() for p in profiles for n in EIGHT_BITS),
+    *((f, p, n) for f, profiles in FINE.items() for p in profiles for n in (*EIGHT_BITS, *DECODER)),
+]
 
 
-@pytest.mark.parametrize(("profile", "name"), FINE + COARSE)
-def test_quantized_exports_are_judged_too(golden, tmp_path, monkeypatch, profile, name):
+@pytest.mark.parametrize(("format_", "profile", "name"), QUANTIZED)
+def test_quantized_exports_are_judged_too(golden, tmp_path, monkeypatch, format_, profile, name):
     """A decoder of few bits on random weights parts from the original as far as a fault in one layer takes it."""
     stage, fault = WEIGHTS[name]
     inject(monkeypatch, tensors=fault)
-    refused(golden, tmp_path / "x", profile, stage)
+    refused(golden, tmp_path / "x", format_, profile, stage)

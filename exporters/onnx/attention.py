@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlmedge.errors import UnsupportedError
 from vlmedge.exporters.onnx.graph import F32, I8, Graph
 from vlmedge.spec import DecoderSpec
 
 UNSEEN = -1e30  # finite, so that no row of a mask can give NaN
+_TURNED = 16  # dimensions that GroupQueryAttention rotates come in multiples of this
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,15 @@ class Kv:
 
 
 def place(g: Graph, spec: DecoderSpec, embeds: ir.Value, alive: ir.Value, prefix: ir.Value | None) -> Place:
-    """Compute where new positions stand from the shapes of `embeds` [1, sequence, width] and `alive` [1, total]."""
+    """Compute where new positions stand from the shapes of `embeds` [1, sequence, width] and `alive` [1, total].
+
+    Raises UnsupportedError for rotary dimensions that the flavour's attention does not have.
+    """
+    if g.flavour == "ort" and spec.rope_dims % _TURNED:
+        raise UnsupportedError(
+            f"ONNX Runtime's attention rotates multiples of {_TURNED} dimensions, this decoder {spec.rope_dims}; "
+            "choose the flavour portable"
+        )
     new, total = g.dim(embeds, 1), g.dim(alive, 1)
     fresh = g.node("Equal", new, total)
     rows = g.node("Range", g.node("Sub", total, new), total, g.const(1, np.int64))

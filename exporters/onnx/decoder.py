@@ -70,4 +70,5 @@ def _head(g: Graph, spec: DecoderSpec, x: ir.Value) -> ir.Value:
     if not spec.tied_head:
         return linear(g, x, "decoder.head")
     table = "decoder.embed.weight"
-    return product(g, x, (table,), table_kind(g, table)[0], None)
+    kind, note = table_kind(g, table)
+    return product(g, x, (table,), kind, None, note)

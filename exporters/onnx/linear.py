@@ -27,11 +27,16 @@ def linear(g: Graph, x: ir.Value, *names: str) -> ir.Value:
     return product(g, x, sources, kinds[0], bias)
 
 
-def product(g: Graph, x: ir.Value, sources: tuple[str, ...], kind: Kind, bias: ir.Value | None) -> ir.Value:
-    """Rows times the stacked matrices of one kind; the form in which they are stored follows from kind and flavour."""
+def product(
+    g: Graph, x: ir.Value, sources: tuple[str, ...], kind: Kind, bias: ir.Value | None, note: str = ""
+) -> ir.Value:
+    """Rows times the stacked matrices of one kind; the form in which they are stored follows from kind and flavour.
+
+    `note`: why the kind is not the plan's.
+    """
     integers = not kind.floating and (not kind.block or g.flavour == "portable")
     form: Form = "columns" if integers else "rows"
-    weight = g.store.weight(g.name, sources, kind, form, prefill=not g.prefill.isdisjoint(sources))
+    weight = g.store.weight(g.name, sources, kind, form, note, prefill=not g.prefill.isdisjoint(sources))
     if kind.floating:
         return g.node("Gemm", x, _floats(g, weight), *([bias] if bias else []), transB=1)
     if kind.activations:
@@ -72,17 +77,16 @@ def embedding(g: Graph, ids: ir.Value, source: str) -> ir.Value:
 
 def table_kind(g: Graph, source: str) -> tuple[Kind, str]:
     """The kind in which a table is stored for reading rows, and why it is not the plan's."""
-    kind, (_, width) = g.kinds[source], g.store.shapes[source]
+    kind, (_, width), note = g.kinds[source], g.store.shapes[source], ""
     if kind.floating:
-        return kind, ""
-    block = kind.block or INT8.block
-    if width % block:
-        return F16, f"rows of {width} have no blocks of {block}"
+        return kind, note
     if kind.activations:
-        return INT8, "a table's rows are read, not multiplied"
-    if g.flavour == "portable" and kind.bits < 8:
-        return INT8, "standard operators read no rows of packed 4-bit tables"
-    return kind, ""
+        kind, note = INT8, "a table's rows are read, not multiplied"
+    elif g.flavour == "portable" and kind.bits < 8:
+        kind, note = INT8, "standard operators read no rows of packed 4-bit tables"
+    if width % kind.block:
+        return F16, f"rows of {width} have no blocks of {kind.block}"
+    return kind, note
 
 
 def _floats(g: Graph, weight: Weight) -> ir.Value:

@@ -25,23 +25,38 @@ from vlmedge.tensors import Tensor
 
 UNIT = 1 << 20  # elements that a thread reads, encodes and writes at a time: about 12 MB of buffers
 F16_MAX = 65504.0
+_POSITIONAL = hasattr(os, "pwrite")  # Windows has none
+_MODE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 
 
 class DataFiles:
     """The data files of an export, each as long as it will be."""
 
     def __init__(self, folder: Path, sizes: Mapping[str, int]) -> None:
-        self._files = {name: os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644) for name in sizes}
-        for name, size in sizes.items():
-            os.truncate(self._files[name], size)
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        try:
+            for name, size in sizes.items():
+                self._files[name] = os.open(folder / name, _MODE, 0o644)
+                os.ftruncate(self._files[name], size)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, section: Section, start: int, data: npt.NDArray[np.generic]) -> None:
         """Write an array at `start` bytes into a section."""
         view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         at = section.offset + start
         while view:
-            wrote = os.pwrite(self._files[section.file], view, at)
+            wrote = self._some(self._files[section.file], view, at)
             view, at = view[wrote:], at + wrote
+
+    def _some(self, file: int, view: memoryview, at: int) -> int:
+        if _POSITIONAL:
+            return os.pwrite(file, view, at)
+        with self._lock:
+            os.lseek(file, at, os.SEEK_SET)
+            return os.write(file, view)
 
     def close(self) -> None:
         """Close them all."""
@@ -55,12 +70,12 @@ class RowSink:
     def __init__(self, weight: Weight, files: DataFiles) -> None:
         self._weight, self._files = weight, files
 
-    def put(self, name: str, at: int, rows: F32) -> None:
+    def put(self, at: int, rows: F32) -> None:
         """Encode and write rows, the first being number `at` of the stacked matrix."""
         weight, sections = self._weight, self._weight.sections
         if weight.kind.floating:
             section = sections["values"]
-            data = rows if weight.kind.bits == 32 else _halves(name, rows)
+            data = rows if weight.kind.bits == 32 else _halves(rows)
             self._files.write(section, at * section.bytes // weight.rows, data)
             return
         for role, array in block_rows(encode(rows, weight.kind.grid), weight.kind).items():
@@ -77,7 +92,7 @@ class ColumnSink:
         self._missing = weight.rows
         self._lock = threading.Lock()
 
-    def put(self, name: str, at: int, rows: F32) -> None:
+    def put(self, at: int, rows: F32) -> None:
         """Encode rows, the first being number `at`; write the whole matrix with the last ones."""
         codes = encode(rows, self._weight.kind.grid)
         with self._lock:
@@ -110,7 +125,7 @@ class ColumnSink:
             self._files.write(self._weight.sections[role], 0, array)
 
 
-Put = Callable[[str, int, F32], None]
+Put = Callable[[int, F32], None]
 
 
 def write_data(job: ExportJob, built: Built) -> None:
@@ -168,12 +183,15 @@ def _unit(
     if watch is not None:
         watch.see(start, rows)
     for put, base in takers:
-        put(name, base + start, rows)
+        try:
+            put(base + start, rows)
+        except CheckpointError as error:  # of values that the kind cannot hold
+            raise CheckpointError(f"{name}: {error}") from None
 
 
-def _halves(name: str, rows: F32) -> npt.NDArray[np.float16]:
+def _halves(rows: F32) -> npt.NDArray[np.float16]:
     if np.abs(rows).max(initial=0) > F16_MAX:
-        raise CheckpointError(f"{name} has values beyond f16's {F16_MAX:.0f}; choose f32 for it")
+        raise CheckpointError(f"values beyond f16's {F16_MAX:.0f}; choose f32 for it")
     return rows.astype(np.float16)
 
 

@@ -100,11 +100,11 @@ def command(
             progress=progress,
         )
     with model:
-        answer = request.ask(model)
+        answer, facts = request.ask(model), model.session.info()
     if draw is not None:
         _draw(answer, request, Path(draw))
     if as_json:
-        print_json(answer.as_dict())
+        print_json(answer.as_dict() | {"session": facts})
     elif options["stream"] and answer.text:
         click.echo()
     else:
