@@ -17,24 +17,17 @@ import json
 import os
 import resource
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from real_size import Size, open_random, say, write_checkpoint, write_moondream
 
-from vlmedge.checkpoint import Checkpoint, Source, open_folder
-from vlmedge.exporters import EXPORTERS, ExportJob
-from vlmedge.exporters.choice import choose
-from vlmedge.families import FAMILIES
-
-BLOCK = 4 << 20  # values made at a time
-FAMILY = FAMILIES["moondream2"]
+from vlmedge.checkpoint import open_folder
 
 
 def main() -> None:
@@ -51,7 +44,7 @@ def main() -> None:
         result = _compare(options)
     finally:
         if options.keep:
-            _say(f"kept: {options.work}")
+            say(f"kept: {options.work}")
         else:
             shutil.rmtree(options.work)
     print(json.dumps(result))
@@ -60,36 +53,24 @@ def main() -> None:
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured."""
     ours, theirs = options.work / "moondream2", options.work / "phi-2"
-    weights = make_moondream(ours, options.layers, options.seed)
-    same = make_phi(theirs, ours, weights, options.seed)
+    size = Size(layers=options.layers, vision_layers=options.layers) if options.layers else Size()
+    weights = write_moondream(ours, size, options.seed)
+    same = make_phi(theirs, weights, options.seed)
     result: dict[str, Any] = {"weights": weights, "weights_two_step": same, "threads": options.threads}
     result |= {"profile": options.profile, "converter": "script" if options.convert else "plain loop"}
     for step in ("exporter", *(("export",) if options.whole else ()), "convert", "quantize"):
-        _say(f"timing: {step}")
+        say(f"timing: {step}")
         result[step] = _timed(options, step)
     two_steps = result["convert"]["seconds"] + result["quantize"]["seconds"]
     result["ratio"] = round(result["exporter"]["seconds"] / two_steps, 3)
     if options.whole:
         result["ratio_export"] = round(result["export"]["seconds"] / two_steps, 3)
-    _say(f"one pass {result['exporter']['seconds']:.1f} s, two steps {two_steps:.1f} s, ratio {result['ratio']}")
-    _say(f"peak RSS {result['exporter']['peak_rss_mb']:.0f} MB")
+    say(f"one pass {result['exporter']['seconds']:.1f} s, two steps {two_steps:.1f} s, ratio {result['ratio']}")
+    say(f"peak RSS {result['exporter']['peak_rss_mb']:.0f} MB")
     return result
 
 
-def make_moondream(folder: Path, layers: int, seed: int) -> int:
-    """Write a checkpoint of moondream2's shape under upstream's names; return its number of weights."""
-    sizes = {} if layers == 0 else {"text": {"n_layers": layers}, "vision": {"enc_n_layers": layers}}
-    config = {"model_type": "moondream1", "architectures": ["HfMoondream"], "config": sizes}
-    table = FAMILY.weights(FAMILY.spec(Checkpoint(Source("random"), folder, config, {})))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in table.expected.items():
-        source = table.source_of(name)
-        rows = shapes[source][0] if source in shapes else 0
-        shapes[source] = (rows + shape[0], *shape[1:])
-    return _write(folder, config, shapes, seed)
-
-
-def make_phi(folder: Path, like: Path, weights: int, seed: int) -> int:
+def make_phi(folder: Path, weights: int, seed: int) -> int:
     """Write a phi-2-shaped checkpoint of about `weights` weights, with moondream2's widths; return its number."""
     width, inner, vocab = 2048, 8192, 51200
     layer = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (width, width), "self_attn.v_proj": (width, width)}
@@ -111,60 +92,10 @@ def make_phi(folder: Path, like: Path, weights: int, seed: int) -> int:
         "hidden_act": "gelu_new", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
-    count = _write(folder, config, shapes, seed)
+    count = write_checkpoint(folder, config, shapes, seed)
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return count
-
-
-def _write(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], seed: int) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer()))
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    rng = np.random.default_rng(seed)
-    _say(f"writing {folder} ({offset / 1e9:.2f} GB)")
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, shape in shapes.items():
-            for block in _values(rng, name, int(np.prod(shape)), len(shape)):
-                file.write((block.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-    return offset // 2
-
-
-def _values(rng: np.random.Generator, name: str, count: int, axes: int) -> Iterator[np.ndarray[Any, Any]]:
-    """Matrices are normal; norms are ones; biases are small."""
-    for start in range(0, count, BLOCK):
-        n = min(BLOCK, count - start)
-        if axes == 1 and name.endswith("weight"):
-            yield np.ones(n, np.float32)
-        else:
-            yield rng.standard_normal(n, np.float32) * np.float32(0.02)
-
-
-def _tokenizer() -> dict[str, Any]:
-    """A byte-level BPE of about 51000 tokens: every pair of bytes until it is full."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-    specials = ["<|endoftext|>", *(f"<|md_reserved_{i}|>" for i in range(15))]
-    vocab = {token: i for i, token in enumerate([*specials, *letters])}
-    merges = []
-    for a in letters:
-        for b in letters:
-            if len(vocab) < 51000:
-                vocab[a + b] = len(vocab)
-                merges.append(f"{a} {b}")
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [{"id": i, "content": token, "special": True, **flags} for i, token in enumerate(specials)]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return {"version": "1.0", "added_tokens": added, "pre_tokenizer": level, "decoder": level, "model": model}
 
 
 def _timed(options: argparse.Namespace, step: str) -> dict[str, float]:
@@ -188,7 +119,7 @@ def _step(options: argparse.Namespace) -> None:
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     if options.step == "exporter":
-        _exporter(work / "moondream2", out, options)
+        open_random(work / "moondream2").export("gguf", options.profile, out, options.threads)
     elif options.step == "export":
         import vlmedge
 
@@ -207,15 +138,6 @@ def _step(options: argparse.Namespace) -> None:
     numbers = {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
     numbers |= {"peak_rss_mb": usage.ru_maxrss * unit / 1e6, "bytes": sum(p.stat().st_size for p in out.rglob("*.*"))}
     print(json.dumps({name: round(value, 2) for name, value in numbers.items()}))
-
-
-def _exporter(source: Path, out: Path, options: argparse.Namespace) -> None:
-    checkpoint = open_folder(source)
-    spec = FAMILY.spec(checkpoint)
-    tensors, order = FAMILY.weights(spec).bind(checkpoint.tensors), choose("gguf", options.profile).order(spec)
-    out.mkdir()
-    job = ExportJob(order, tensors, FAMILY.tokenizer(checkpoint), "random", out, options.threads)
-    EXPORTERS["gguf"].write(job)
 
 
 # Random tokenizers have no known hash; what the script asks of them afterwards is the name alone.
@@ -302,10 +224,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

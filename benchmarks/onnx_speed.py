@@ -17,9 +17,6 @@ A smoke test:
 from __future__ import annotations
 
 import argparse
-import ctypes
-import importlib
-import io
 import json
 import os
 import shutil
@@ -28,301 +25,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image as Pillow
-from real_size import Random, Size, machine, memory_mb, open_random, say, write_moondream
+from onnx_speed_children import PROMPT, READ, Reply
+from real_size import Size, machine, open_random, say, write_moondream
 
-from vlmedge.prompt import Tokenizer
 from vlmedge.runtimes.cores import physical_cores
-from vlmedge.session import F32, I32, Session, Step
-from vlmedge.skills import Model
 from vlmedge.spec import DecoderSpec, VisionSpec
 
 ONNX, GGUF = ("q4-fast", "q4", "w8a8", "turbo"), ("q4_0", "q4")
 STAGES = ("decode", "prefill", "vision", "first_token", "export", "memory")
-PROMPT = 20  # causal positions behind the picture
-READ = 1_500_000_000  # bytes of a streaming read: several times any cache
 TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-Reply = dict[str, Any]
-
-
-# ---- children: one variant each -------------------------------------------------------------------------------
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """How long `run` takes."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-class Opened:
-    """A session (ours, or the original's) over the random model."""
-
-    def __init__(self, model: Random, session: Session) -> None:
-        self.spec, self.session = model.spec, session
-        self.model = Model(model.spec, session, Tokenizer(model.tokenizer))
-        self.rows = embeddings(model.spec.image_tokens + 1 + PROMPT, model.spec.decoder.width)
-
-    def prefill(self) -> Reply:
-        """A picture's prefix, where all positions see each other, and a prompt behind it."""
-        self.session.rewind(0)
-        return {"seconds": [seconds(self._prefill)]}
-
-    def _prefill(self) -> None:
-        self.session.forward(self.rows[:-PROMPT], bidirectional=True)
-        self.session.forward(self.rows[-PROMPT:])
-
-    def decode(self, tokens: int) -> Reply:
-        """Seconds of each token, chosen greedily, behind picture and prompt."""
-        if self.session.position < len(self.rows):
-            self.prefill()
-        self.session.rewind(len(self.rows))
-        token: I32 = np.array([7], np.int32)
-        return {"seconds": [seconds(lambda: self._next(token)) for _ in range(tokens)]}
-
-    def _next(self, token: I32) -> None:
-        step: Step = self.session.forward(token)
-        token[0] = step.logits.argmax()
-
-    def vision(self, crops: int) -> Reply:
-        """Seconds per crop."""
-        size = self.spec.image.size
-        pixels = np.random.default_rng(0).integers(0, 256, (crops, size, size, 3), np.uint8)
-        return {"seconds": [seconds(lambda: self.session.vision(pixels)) / crops]}
-
-    def first_token(self, width: int, height: int, seed: int) -> Reply:
-        """From a JPEG's bytes to the first token of an answer; with the time of each stage."""
-        data = jpeg(width, height, seed)
-        start = time.perf_counter()
-        answer = self.model.query(Pillow.open(io.BytesIO(data)), "What is in this picture?", max_tokens=1)
-        spent = time.perf_counter() - start
-        return {"seconds": [spent], "timings_ms": answer.timings_ms, "crops": answer.crops}
-
-
-class Onnx(Opened):
-    """One of our bundles in ONNX Runtime."""
-
-    def __init__(self, model: Random, folder: Path, threads: int, memory: str = "fast", cache: str = "") -> None:
-        from vlmedge.runtimes.onnxruntime_session import OnnxSession
-
-        importlib.import_module("onnxruntime")
-        self.start, kept, self.threads = memory_mb(), Path(cache) if cache else None, threads
-        start = time.perf_counter()
-        super().__init__(model, OnnxSession(model.spec, folder, threads=threads, memory=memory, cache=kept))
-        self.load, self.info = time.perf_counter() - start, self.session.info()
-        data = (folder / "onnx").glob("decoder_model_merged.onnx_data*")
-        self.info |= {"weights": sum(file.stat().st_size for file in data)}
-        self._product: Any = None
-
-    def memory(self, positions: int) -> Reply:
-        """Memory before and after opening, and after a prefill and some words."""
-        out: Reply = {"load_s": self.load, "start": self.start, "opened": memory_mb()}
-        self.session.forward(self.rows[:positions], bidirectional=True)
-        out["prefilled"] = memory_mb()
-        for _ in range(8):
-            self._next(np.array([7], np.int32))
-        return out | {"decoded": memory_mb()}
-
-    def gemm(self, type: str) -> Reply:
-        """Seconds of one product of the tower's largest shape."""
-        vision = self.spec.vision
-        if self._product is None:
-            self._product = ort_product(type, vision.tokens, vision.width, vision.mlp_width, self.threads)
-        return {"seconds": [seconds(self._product) for _ in range(12)][2:]}
-
-
-class Original(Opened):
-    """The original in PyTorch."""
-
-    def __init__(self, model: Random, threads: int, dtype: str) -> None:
-        import torch
-
-        from vlmedge.reference.session import TorchSession
-
-        torch.set_num_threads(threads)
-        super().__init__(model, TorchSession(model.spec, model.tensors, dtype=dtype, threads=threads))
-        self.info = self.session.info()
-        vision, kind = model.spec.vision, {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        self._a = torch.randn(vision.tokens, vision.width).to(kind)
-        self._b = torch.randn(vision.width, vision.mlp_width).to(kind)
-
-    def gemm(self) -> Reply:
-        """Seconds of one product of the tower's largest shape."""
-        return {"seconds": [seconds(lambda: self._a @ self._b) for _ in range(12)][2:]}
-
-
-class Llama:
-    """The shortest loop over libllama: a context with flash attention and one without, on the same weights."""
-
-    def __init__(self, model: Random, folder: Path, threads: int) -> None:
-        from vlmedge.runtimes.ggml_file import GgufFile
-        from vlmedge.runtimes.llamacpp_native import load_native
-
-        native, path, spec = load_native(), folder / "text.gguf", model.spec
-        self.llama, self.vocab = native.llama, spec.decoder.vocab
-        params = native.fill(self.llama.llama_model_default_params(), n_gpu_layers=0, load_mode=0, use_extra_bufts=True)
-        self.weights = self.llama.llama_model_load_from_file(os.fsencode(path), params)
-        batch = -(-(spec.image_tokens + 1) // 64) * 64
-        self.contexts = [self._context(native, batch, threads, flash) for flash in (0, 1)]
-        self.filled = [0, 0]
-        self.rows = embeddings(spec.image_tokens + 1 + PROMPT, spec.decoder.width)
-        tensors = GgufFile(path).tensors.values()
-        read = sum(tensor.bytes for tensor in tensors if tensor.name != "token_embd.weight")
-        self.info = {"system": self.llama.llama_print_system_info().decode(), "weights": read, "kv_cache": "f16"}
-
-    def _context(self, native: Any, batch: int, threads: int, flash: int) -> Any:
-        sizes = {"n_ctx": 2048, "n_batch": batch, "n_ubatch": batch, "n_threads": threads, "n_threads_batch": threads}
-        params = native.fill(self.llama.llama_context_default_params(), flash_attn_type=flash, no_perf=True, **sizes)
-        return self.llama.llama_init_from_model(self.weights, params)
-
-    def _rewind(self, flash: int, position: int) -> None:
-        self.llama.llama_memory_seq_rm(self.llama.llama_get_memory(self.contexts[flash]), 0, position, -1)
-
-    def _append(self, flash: int, rows: F32, causal: bool) -> None:
-        batch, context = self.llama.llama_batch(), self.contexts[flash]
-        batch.n_tokens, batch.embd = len(rows), rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        self.llama.llama_set_causal_attn(context, causal)
-        assert self.llama.llama_decode(context, batch) == 0
-        self.llama.llama_get_logits_ith(context, -1)
-
-    def prefill(self, flash: int) -> Reply:
-        """As `Opened.prefill`."""
-        self._rewind(flash, 0)
-        self.filled[flash] = 1
-        return {"seconds": [seconds(lambda: self._prefill(flash))]}
-
-    def _prefill(self, flash: int) -> None:
-        self._append(flash, self.rows[:-PROMPT], causal=False)
-        self._append(flash, self.rows[-PROMPT:], causal=True)
-
-    def decode(self, tokens: int, flash: int) -> Reply:
-        """As `Opened.decode`; the best token is read in place."""
-        if not self.filled[flash]:
-            self.prefill(flash)
-        self._rewind(flash, len(self.rows))
-        one = (self.llama.llama_token * 1)(7)
-        batch = self.llama.llama_batch_get_one(one, 1)
-        return {"seconds": [seconds(lambda: self._next(flash, batch, one)) for _ in range(tokens)]}
-
-    def _next(self, flash: int, batch: Any, one: Any) -> None:
-        context = self.contexts[flash]
-        assert self.llama.llama_decode(context, batch) == 0
-        logits = self.llama.llama_get_logits_ith(context, -1)
-        one[0] = int(np.ctypeslib.as_array(logits, (self.vocab,)).argmax())
-
-
-class Memory:
-    """The memory's ceiling."""
-
-    def __init__(self, model: Random, threads: int) -> None:
-        self._parts = np.array_split(np.ones(READ // 8, np.int64), threads)
-        self._pool, self.info = ThreadPoolExecutor(threads), {"bytes": READ}
-
-    def read(self) -> Reply:
-        """Seconds of reading READ bytes with every thread; numpy lets go of the interpreter meanwhile."""
-        return {"seconds": [seconds(lambda: list(self._pool.map(np.sum, self._parts))) for _ in range(3)]}
-
-
-class Export:
-    """One pass of the exporter over the checkpoint."""
-
-    def __init__(self, model: Random, threads: int) -> None:
-        for name in ("exporter", "files", "stream", "consumers"):
-            importlib.import_module(f"vlmedge.exporters.onnx.{name}")
-        self._model, self._threads, self.info = model, threads, {}
-
-    def write(self, profile: str, folder: str) -> Reply:
-        """Seconds and processor seconds, the peak of memory and what there was before."""
-        before, cpu = memory_mb(), cpu_seconds()
-        spent = seconds(lambda: self._model.export("onnx", profile, Path(folder), self._threads))
-        size = sum(file.stat().st_size for file in Path(folder).rglob("*.*"))
-        base = before["anonymous"] + before["file"]
-        out = {"seconds": [spent], "cpu_s": cpu_seconds() - cpu, "base_mb": base, "peak_mb": memory_mb()["peak"]}
-        return out | {"above_base_mb": out["peak_mb"] - base, "bytes": size}
-
-
-KINDS: dict[str, Callable[..., Any]] = {kind.__name__: kind for kind in (Onnx, Original, Llama, Memory, Export)}
-
-
-def embeddings(count: int, width: int) -> F32:
-    """Random inputs of a decoder, float32 [count, width]."""
-    return np.random.default_rng(0).standard_normal((count, width), dtype=np.float32) * np.float32(0.5)
-
-
-def jpeg(width: int, height: int, seed: int) -> bytes:
-    """A picture of random clouds; another for every seed, so that nothing is remembered."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
-    out = io.BytesIO()
-    Pillow.fromarray(coarse).resize((width, height)).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
-def ort_product(type: str, rows: int, inner: int, columns: int, threads: int) -> Callable[[], object]:
-    """A graph of one matrix product in ONNX Runtime: "f32", or "int8" (u8 x s8, scaled to float)."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng, quantized = np.random.default_rng(0), type == "int8"
-    x = rng.integers(0, 255, (rows, inner), np.uint8) if quantized else embeddings(rows, inner)
-    w = rng.integers(-127, 127, (inner, columns), np.int8) if quantized else embeddings(inner, columns)
-    scales = {"a_scale": np.float32(0.01), "w_scale": np.full(columns, 0.01, np.float32), "zero": np.uint8(128)}
-    values = {"w": w} | (scales if quantized else {})
-    names = ["x", "w", *(scales if quantized else {})]
-    op, domain = ("MatMulIntegerToFloat", "com.microsoft") if quantized else ("MatMul", "")
-    node = helper.make_node(op, names, ["y"], domain=domain)
-    kind = TensorProto.UINT8 if quantized else TensorProto.FLOAT
-    inputs = [helper.make_tensor_value_info("x", kind, [rows, inner])]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, columns])]
-    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
-    graph = helper.make_graph([node], "g", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
-    return lambda: session.run(None, {"x": x})
-
-
-def cpu_seconds() -> float:
-    """User and system time of this process so far."""
-    return sum(os.times()[:2])
-
-
-def child(words: Mapping[str, Any]) -> None:
-    """Open what `words` names, then answer requests, a line of JSON each; what libraries print goes to stderr."""
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    options = dict(words)
-    model = open_random(Path(options.pop("checkpoint")))
-    kind = KINDS[options.pop("kind")]
-    model = model.shallow() if options.pop("shallow", False) else model
-    paths = {name: Path(options.pop(name)) for name in ("folder",) if name in options}
-    subject = kind(model, **paths, **options)
-    print(json.dumps({"info": subject.info}), file=replies)
-    idle, since = cpu_seconds(), time.perf_counter()
-    for line in sys.stdin:
-        request = json.loads(line)
-        before = cpu_seconds()
-        waited = {"idle_cpu_s": before - idle, "idle_s": time.perf_counter() - since}
-        reply = getattr(subject, request.pop("do"))(**request)
-        print(json.dumps({"child_cpu_s": cpu_seconds() - before} | waited | reply), file=replies)
-        idle, since = cpu_seconds(), time.perf_counter()
-
-
-# ---- the parent: asks in turn, reports --------------------------------------------------------------------------
+CHILDREN = Path(__file__).with_name("onnx_speed_children.py")
 
 
 class Child:
     """A variant's process."""
 
     def __init__(self, **words: Any) -> None:
-        command = [sys.executable, __file__, "--child", json.dumps(words)]
+        command = [sys.executable, str(CHILDREN), json.dumps(words)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.info: Reply = self._reply()["info"]
 
@@ -360,10 +83,11 @@ def machine_cpu_seconds() -> float:
 
 @dataclass
 class Variant:
-    """One row of a stage: which child is asked for what, and what came back."""
+    """One row of a stage: which child is asked for what (and for what to warm up), and what came back."""
 
     child: str
     request: Reply
+    warm: Reply | None = None
     replies: list[Reply] = field(default_factory=list)
 
     def samples(self, calm: float) -> list[float]:
@@ -377,30 +101,31 @@ Stage = dict[str, Variant]
 
 @dataclass
 class Bench:
-    """The random model, its exports, the children that are open, and everything measured so far."""
+    """The random model, its exports, and the open children of one stage."""
 
     args: argparse.Namespace
     size: Size
     folder: Path
+    stages: Sequence[str]
     children: dict[str, Child] = field(default_factory=dict)
     infos: dict[str, Reply] = field(default_factory=dict)
 
     def bundle(self, format: str, profile: str, shallow: bool = False) -> str:
         """An export's folder, written where it is not there yet."""
-        name = f"{format}-{profile}{'-shallow' if shallow else ''}"
-        if not (self.folder / name).is_dir():
-            say(f"exporting {name}")
+        folder = self.folder / f"{format}-{profile}{'-shallow' if shallow else ''}"
+        if not folder.is_dir():
+            say(f"exporting {folder.name}")
             model = open_random(self.folder / "moondream2")
             model = model.shallow() if shallow else model
-            model.exported(format, profile, self.folder / name, self.args.threads)
-        return str(self.folder / name)
+            model.exported(format, profile, folder, self.args.threads)
+        return str(folder)
 
     def open(self, name: str, kind: str, **words: Any) -> str:
         """Start a child."""
         say(f"opening {name}")
         checkpoint = str(self.folder / "moondream2")
-        opened = Child(kind=kind, checkpoint=checkpoint, threads=self.args.threads, **words)
-        self.children[name], self.infos[name] = opened, opened.info
+        self.children[name] = Child(kind=kind, checkpoint=checkpoint, threads=self.args.threads, **words)
+        self.infos[name] = self.children[name].info
         return name
 
     def close(self) -> None:
@@ -408,26 +133,34 @@ class Bench:
         while self.children:
             self.children.popitem()[1].close()
 
+    def hold(self, what: str) -> None:
+        """Wait for the user's line, if wanted."""
+        if self.args.hold:
+            say(f"ready: {what}")
+            sys.stdin.readline()
+
     def rounds(self, name: str, stage: Stage, count: int) -> Stage:
-        """Ask every variant in alternating order, `count` times, after one round that warms up."""
-        for number in range(count + 1):
-            if number and self.args.hold:
-                say(f"ready: {name}, round {number} of {count}")
-                sys.stdin.readline()
+        """Warm up, then ask every variant `count` times, in alternating order."""
+        for variant in stage.values():
+            self._ask(variant, variant.request if variant.warm is None else variant.warm)
+        for number in range(1, count + 1):
+            self.hold(f"{name}, round {number} of {count}")
             for variant in list(stage.values())[:: 1 if number % 2 else -1]:
-                reply = self.children[variant.child].ask(**variant.request)
-                variant.replies += [reply] if number else []
-            if number:
-                say(f"done: {name}, round {number}: " + _brief(stage))
+                again = {"seed": number} if "seed" in variant.request else {}
+                variant.replies.append(self._ask(variant, variant.request | again))
+            say(f"done: {name}, round {number}: {_brief(stage)}")
         return stage
+
+    def _ask(self, variant: Variant, request: Reply) -> Reply:
+        return self.children[variant.child].ask(**request) if request else {}
 
 
 def _brief(stage: Stage) -> str:
     last = {name: variant.replies[-1] for name, variant in stage.items()}
-    return ", ".join(f"{n} {statistics.median(r['seconds']):.4g} ({r['others']})" for n, r in last.items())
+    return "; ".join(f"{n} {statistics.median(r['seconds']):.4g} ({r['others']})" for n, r in last.items())
 
 
-def measure_words(bench: Bench, decode: bool, prefill: bool) -> Stage:
+def measure_words(bench: Bench) -> Stage:
     """Prefill and decode of all profiles, and the memory's ceiling."""
     stage: Stage = {}
     tokens = {"tokens": bench.args.tokens}
@@ -437,9 +170,9 @@ def measure_words(bench: Bench, decode: bool, prefill: bool) -> Stage:
         opened = bench.open(f"llama.cpp {profile}", "Llama", folder=bench.bundle("gguf", profile))
         requests |= {f"{opened}, flash {'on' if f else 'off'}": (opened, {"flash": f}) for f in (0, 1)}
     for name, (opened, words) in requests.items():
-        if prefill:
+        if "prefill" in bench.stages:
             stage[f"prefill {name}"] = Variant(opened, {"do": "prefill"} | words)
-        if decode:
+        if "decode" in bench.stages:
             stage[f"decode {name}"] = Variant(opened, {"do": "decode"} | tokens | words)
     stage["read"] = Variant(bench.open("read", "Memory"), {"do": "read"})
     bench.rounds("words", stage, bench.args.rounds)
@@ -466,22 +199,14 @@ def measure_vision(bench: Bench) -> Stage:
 
 
 def measure_first_token(bench: Bench) -> Stage:
-    """A picture of 640 x 480 from its file's bytes to the first token; a first picture of one crop warms up."""
+    """A picture of 640 x 480 from its file's bytes to the first token; a small one of one crop warms up."""
     stage: Stage = {}
     opened = [bench.open(f"torch {dtype}", "Original", dtype=dtype) for dtype in ("f32", "bf16")]
     opened += [bench.open(f"ORT {p}", "Onnx", folder=bench.bundle("onnx", p)) for p in ("w8a8", "turbo")]
     small = {"do": "first_token", "width": 64, "height": 64, "seed": 0}
     for name in opened:
-        bench.children[name].ask(**small)
-        stage[name] = Variant(name, small | {"width": 640, "height": 480})
-    count = min(2, bench.args.rounds)
-    for number in range(count):
-        if bench.args.hold:
-            say(f"ready: first_token, round {number + 1} of {count}")
-            sys.stdin.readline()
-        for variant in list(stage.values())[:: 1 if number % 2 else -1]:
-            variant.replies.append(bench.children[variant.child].ask(**variant.request | {"seed": number + 1}))
-        say(f"done: first_token, round {number + 1}: " + _brief(stage))
+        stage[name] = Variant(name, small | {"width": 640, "height": 480}, warm=small)
+    bench.rounds("first token", stage, min(2, bench.args.rounds))
     bench.close()
     return stage
 
@@ -489,16 +214,11 @@ def measure_first_token(bench: Bench) -> Stage:
 def measure_export(bench: Bench) -> Stage:
     """The whole checkpoint through the exporter, a fresh process each."""
     stage: Stage = {}
+    out = bench.folder / "export.out"
     for profile in ("q4", "w8a8"):
-        opened, out = bench.open(profile, "Export"), bench.folder / "export.out"
-        variant = Variant(opened, {"do": "write", "profile": profile, "folder": str(out)})
-        if bench.args.hold:
-            say(f"ready: export {profile}")
-            sys.stdin.readline()
-        os.sync()
-        variant.replies.append(bench.children[opened].ask(**variant.request))
-        say(f"done: export {profile}: " + _brief({profile: variant}))
-        stage[profile] = variant
+        request = {"do": "write", "profile": profile, "folder": str(out)}
+        variant = Variant(bench.open(profile, "Export"), request, warm={})
+        stage |= bench.rounds(f"export {profile}", {profile: variant}, 1)
         bench.close()
         shutil.rmtree(out)
     return stage
@@ -508,16 +228,18 @@ def measure_memory(bench: Bench) -> Stage:
     """Loading and memory, a fresh process each: fast, lean as first opened, lean with its cache."""
     stage: Stage = {}
     cache = bench.folder / "cache"
+    bench.hold("memory")
     for profile in ("w8a8", "q4"):
         shutil.rmtree(cache, ignore_errors=True)
         lean = {"memory": "lean", "cache": str(cache)}
         for way, words in {"fast": {}, "lean, first": lean, "lean": lean}.items():
             opened = bench.open(f"{profile} {way}", "Onnx", folder=bench.bundle("onnx", profile), **words)
-            variant = Variant(opened, {"do": "memory", "positions": 200})
+            variant = Variant(opened, {"do": "memory", "positions": 200}, warm={})
             variant.replies.append(bench.children[opened].ask(**variant.request))
             stage[opened] = variant
             bench.close()
     shutil.rmtree(cache, ignore_errors=True)
+    say("done: memory")
     return stage
 
 
@@ -627,23 +349,30 @@ def _digits(value: float) -> int:
     return 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
 
 
-def run(bench: Bench, stages: Sequence[str]) -> Reply:
-    """Measure what is asked for; return the figures and every reply."""
-    measured: dict[str, Stage] = {}
-    if {"decode", "prefill"} & set(stages):
-        words = measure_words(bench, "decode" in stages, "prefill" in stages)
-        measured |= {name: words for name in ("decode", "prefill") if name in stages}
-    others = {"vision": measure_vision, "first_token": measure_first_token}
-    others |= {"export": measure_export, "memory": measure_memory}
-    measured |= {name: measure(bench) for name, measure in others.items() if name in stages}
-    reports = {name: globals()[f"report_{name}"](bench, stage) for name, stage in measured.items()}
-    for name, rows in reports.items():
-        table(name, rows)
-    replies = {id(s): {name: v.replies for name, v in s.items()} for s in measured.values()}
-    samples = dict(zip(measured, (replies[id(s)] for s in measured.values()), strict=True))
-    if "decode" in samples and "prefill" in samples:
-        samples["prefill"] = "with decode"
-    return {"figures": reports, "samples": samples, "children": bench.infos}
+MEASURES: dict[str, tuple[Callable[[Bench], Stage], dict[str, Callable[[Bench, Stage], dict[str, Reply]]]]] = {
+    "words": (measure_words, {"prefill": report_prefill, "decode": report_decode}),
+    "vision": (measure_vision, {"vision": report_vision}),
+    "first_token": (measure_first_token, {"first_token": report_first_token}),
+    "export": (measure_export, {"export": report_export}),
+    "memory": (measure_memory, {"memory": report_memory}),
+}
+
+
+def run(bench: Bench) -> Reply:
+    """Measure what is asked for and print its tables; return figures, every reply, and what the children are."""
+    out: Reply = {}
+    for name, (measure, reports) in MEASURES.items():
+        wanted = {stage: report for stage, report in reports.items() if stage in bench.stages}
+        if not wanted:
+            continue
+        bench.infos = {}
+        measured = measure(bench)
+        figures = {stage: report(bench, measured) for stage, report in wanted.items()}
+        for stage, rows in figures.items():
+            table(stage, rows)
+        samples = {row: variant.replies for row, variant in measured.items()}
+        out[name] = figures | {"samples": samples, "children": bench.infos}
+    return out
 
 
 def main() -> None:
@@ -658,11 +387,7 @@ def main() -> None:
     parser.add_argument("--calm", type=float, default=0.15, help="processors that others may take during a sample")
     parser.add_argument("--hold", action="store_true", help="wait for a line on stdin before every round")
     parser.add_argument("--work", type=Path, default=Path("/tmp/vlmedge-onnx-speed"))
-    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args.child)
-        return
     stages = args.stages.split(",")
     if unknown := set(stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
@@ -673,10 +398,12 @@ def main() -> None:
         write_moondream(part / "moondream2", size)
         part.rename(folder)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    found = run(Bench(args, size, folder), stages)
+    found = run(Bench(args, size, folder, stages))
     options = {"size": [args.layers, args.width, args.vision_layers, args.vision_width]}
     options |= {name: getattr(args, name) for name in ("tokens", "rounds", "threads", "calm")}
-    print(json.dumps({"benchmark": "onnx_speed", "started": started} | options | {"machine": machine()} | found))
+    print(
+        json.dumps({"benchmark": "onnx_speed", "started": started} | options | {"machine": machine(), "stages": found})
+    )
 
 
 if __name__ == "__main__":

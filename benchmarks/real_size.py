@@ -55,7 +55,7 @@ class Size:
 
 
 class RandomTensor(Tensor):
-    """Rows of small random numbers, made when they are read; the same for the same shape."""
+    """Rows of small random numbers, made when they are read; the same for the same shape. Norms' weights are not 1."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape, self.dtype = shape, "f32"
@@ -92,6 +92,12 @@ class Random:
     def shallow(self) -> Random:
         """The same model with one of its decoder's layers."""
         return replace(self, spec=replace(self.spec, decoder=replace(self.spec.decoder, layers=1)))
+
+
+def random_tensors(spec: ModelSpec) -> Random:
+    """A model whose tensors are made as they are read."""
+    tensors = {name: RandomTensor(shape) for name, shape in spec.tensors().items()}
+    return Random(spec, tensors, json.dumps(_tokenizer()).encode())
 
 
 def open_random(folder: Path) -> Random:

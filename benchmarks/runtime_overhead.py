@@ -22,31 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from real_size import Size, random_tensors
 
-from vlmedge.checkpoint import Checkpoint, Source
-from vlmedge.exporters import EXPORTERS, ExportJob
-from vlmedge.exporters.choice import choose
-from vlmedge.families import moondream2
 from vlmedge.runtimes.cores import physical_cores
 from vlmedge.runtimes.llamacpp_native import load_native
 from vlmedge.runtimes.llamacpp_session import LlamaCppSession
 from vlmedge.session import F32, I32
-from vlmedge.spec import ModelSpec, Shape
-from vlmedge.tensors import Tensor
-
-TOKENIZER = Path(__file__).parent.parent / "tests" / "data" / "moondream2" / "tiny-mha" / "tokenizer.json"
-
-
-class RandomTensor(Tensor):
-    """Rows of small random numbers, made when they are read; the same for the same shape."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape, self.dtype = shape, "f32"
-
-    def read_rows(self, start: int, stop: int) -> F32:
-        """Rows start..stop as float32."""
-        rng = np.random.default_rng(start)
-        return rng.standard_normal((stop - start, self.columns), dtype=np.float32) * np.float32(0.02)
+from vlmedge.spec import ModelSpec
 
 
 @dataclass
@@ -149,19 +131,9 @@ def measure(session: LlamaCppSession, bare: BareLoop, rows: F32, args: argparse.
 
 def random_model(args: argparse.Namespace) -> tuple[ModelSpec, Path]:
     """The spec and the folder of GGUF files with random weights, written where they are not there yet."""
-    text = {"n_layers": args.layers, "dim": args.width, "ff_dim": 4 * args.width}
-    heads = {"n_heads": args.width // 64, "n_kv_heads": args.width // 64}
-    small = {"enc_n_layers": 1, "enc_dim": 64, "enc_n_heads": 1, "enc_ff_dim": 64, "proj_inner_dim": 64}
-    config = {"text": text | heads, "vision": small | {"proj_out_dim": args.width}, "region": {"dim": args.width}}
-    spec = moondream2.spec(Checkpoint(Source(label="random"), Path(), {"config": config}, {}))
+    spec = Size(args.layers, args.width, vision_layers=1, vision_width=64).spec()
     folder = args.work / f"{args.layers}x{args.width}-{args.profile}.gguf"
-    if not (folder / "heads.gguf").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        order = choose("gguf", args.profile).order(spec)
-        tensors = {name: RandomTensor(shape) for name, shape in spec.tensors().items()}
-        job = ExportJob(order, tensors, TOKENIZER.read_bytes(), "random", folder, physical_cores())
-        EXPORTERS["gguf"].write(job)
-    return spec, folder
+    return spec, random_tensors(spec).exported("gguf", args.profile, folder, physical_cores())
 
 
 def report(samples: dict[str, Samples], args: argparse.Namespace, session: LlamaCppSession) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from vlmedge.tensors import ArrayTensor, Tensor
 
 GOLDEN = Path(__file__).parent / "data/moondream2/tiny-mha"
 FLOATS = Scheme("float", 32)
+Array = npt.NDArray[Any]
 # A model of every part, small enough to export in 50 ms: 16 image tokens, 2 layers, heads of 32.
 TINY = ModelSpec(
     family="made-up",
@@ -66,7 +67,7 @@ def random_tensors(spec: ModelSpec, seed: int = 1, heavy: bool = False) -> dict[
             return rng.normal(1.0 if name.endswith("weight") else 0.0, 0.2, shape)
         if len(shape) < 2:
             return rng.normal(0, 0.3, shape)
-        if name.startswith("region.") and name.endswith("features") or name == "decoder.embed.weight":
+        if (name.startswith("region.") and name.endswith("features")) or name == "decoder.embed.weight":
             return rng.normal(0, 1, shape)
         gain = 1.5 if name.endswith(("attn.q.weight", "attn.k.weight")) else 1.0
         spread = rng.standard_t(3, shape) if heavy else rng.normal(0, 1, shape)
@@ -94,15 +95,16 @@ def export(order: Order, tensors: Mapping[str, Tensor], out: Path) -> Path:
     return out / FOLDER
 
 
-def opened(path: Path) -> Any:
-    """A graph in ONNX Runtime, one thread."""
+def opened(path: Path, accuracy_level: int = 4) -> Any:
+    """A graph in ONNX Runtime, one thread. `accuracy_level`: of DequantizeLinear and MatMul; 4 rounds activations."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
-def run(session: Any, **feeds: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+def run(session: Any, **feeds: Array) -> dict[str, Array]:
     """Run a graph: output name -> array."""
     names = [node.name for node in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
@@ -114,10 +116,10 @@ class Growing:
     def __init__(self, run: Any, spec: DecoderSpec, dtype: type[np.generic] = np.float32) -> None:
         self._run, self._names = run, [f"{i}.{part}" for i in range(spec.layers) for part in ("key", "value")]
         empty = np.zeros((1, spec.kv_heads, 0, spec.head_dim), dtype)
-        self.kv: dict[str, npt.NDArray[Any]] = dict.fromkeys(self._names, empty)
+        self.kv: dict[str, Array] = dict.fromkeys(self._names, empty)
         self.position = 0
 
-    def forward(self, x: F32, keep: int = 0, prefix: int | None = None) -> dict[str, npt.NDArray[Any]]:
+    def forward(self, x: F32, keep: int = 0, prefix: int | None = None) -> dict[str, Array]:
         """Append x float32 [n, width]; `prefix`: None to leave the graph's default."""
         feeds = {"inputs_embeds": x[None], "attention_mask": np.ones((1, self.position + len(x)), np.int64)}
         feeds |= {"num_logits_to_keep": np.array(keep, np.int64)}
@@ -128,7 +130,7 @@ class Growing:
         return out
 
 
-def relative(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> float:
+def relative(ours: Array, theirs: Array) -> float:
     """RMS of the difference over that of `theirs`; their shapes must be equal."""
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     return float(np.linalg.norm(np.float64(ours) - theirs) / max(np.linalg.norm(theirs), 1e-30))
@@ -163,7 +165,7 @@ def graphs(folder: Path) -> dict[str, onnx.ModelProto]:
     return {path.stem: load(path) for path in sorted(folder.glob("*.onnx"))}
 
 
-def stored(folder: Path, place: Place, dtype: npt.DTypeLike, shape: Sequence[int]) -> npt.NDArray[Any]:
+def stored(folder: Path, place: Place, dtype: npt.DTypeLike, shape: Sequence[int]) -> Array:
     """Read stored bytes as an array."""
     raw = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]
     return np.frombuffer(raw, dtype).reshape(shape)

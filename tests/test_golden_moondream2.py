@@ -1,4 +1,7 @@
-"""The original against upstream's own outputs on the tiny golden checkpoint: every stage, every skill."""
+"""The original and ONNX exports of it against upstream's own outputs on the tiny golden checkpoint: every stage, skill.
+
+GGUF is compared in test_llamacpp.py.
+"""
 
 import json
 from pathlib import Path
@@ -15,11 +18,19 @@ FOLDER = DATA / "tiny-mha"
 GOLDEN = json.loads((FOLDER / "results_fp32.json").read_text())
 STAGES = np.load(FOLDER / "stages.npz")
 PICTURES = {name: DATA / f"images/{name}.png" for name in ("small", "big")}
+# Relative RMS difference of a stage, by what computes it.
+NEAR = {"torch": 1e-5, "onnxruntime": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def model():
-    with vlmedge.load(FOLDER) as opened:
+@pytest.fixture(scope="module", params=["original", "onnx-ort", "onnx-portable"])
+def model(request, tmp_path_factory):
+    format_, _, flavour = request.param.partition("-")
+    folder = FOLDER
+    if flavour:
+        out = tmp_path_factory.mktemp(request.param) / "f32.onnx"
+        folder = vlmedge.export(FOLDER, format_, "f32", out, flavour=flavour, verify=False, threads=1).path
+    with vlmedge.load(folder, threads=1) as opened:
+        assert opened.session.runtime == ("onnxruntime" if flavour else "torch")
         yield opened
 
 
@@ -34,12 +45,12 @@ def test_stages(model, picture):
     golden = {key.partition(".")[2]: STAGES[key] for key in STAGES.files if key.startswith(picture)}
     step = -(-729 // golden["projected"].shape[0])  # the file holds every step-th row
     ids = GOLDEN[picture]["caption_short"]["prompt_ids"]
-    stages = model.stages([PICTURES[picture]], ids)
-    assert relative(stages["features"][:, ::step], golden["features"]) < 1e-5
-    assert relative(stages["projected"][::step], golden["projected"]) < 1e-5
+    stages, near = model.stages([PICTURES[picture]], ids), NEAR[model.session.runtime]
+    assert relative(stages["features"][:, ::step], golden["features"]) < near
+    assert relative(stages["projected"][::step], golden["projected"]) < near
     assert stages["pixels"].shape == (len(golden["features"]), 3, 378, 378)
     assert stages["logits"].shape == (730 + len(ids), 512)
-    assert relative(stages["logits"][-1], golden["caption_logits"]) < 1e-5
+    assert relative(stages["logits"][-1], golden["caption_logits"]) < near
 
 
 @pytest.mark.parametrize("length", ["short", "normal", "long"])
@@ -115,11 +126,11 @@ def test_prompts_are_upstreams(model):
         assert [list(r) for r in runs] == wanted
 
 
-def test_bfloat16_runs_and_stays_near(model):
+def test_bfloat16_runs_and_stays_near():
     """The original in its own dtype: not equal, but the same model."""
     ids = GOLDEN["small"]["caption_short"]["prompt_ids"]
-    with vlmedge.load(FOLDER, dtype="bf16") as half:
-        theirs, ours = half.stages([PICTURES["small"]], ids), model.stages([PICTURES["small"]], ids)
+    with vlmedge.load(FOLDER, dtype="bf16") as half, vlmedge.load(FOLDER) as whole:
+        theirs, ours = (opened.stages([PICTURES["small"]], ids) for opened in (half, whole))
     assert 1e-4 < relative(theirs["features"], ours["features"]) < 0.05
 
 

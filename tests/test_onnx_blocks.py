@@ -90,10 +90,12 @@ def test_the_specs_cover_every_declared_fact():
         assert {getattr(d, fact) for d in decoders} == {False, True}, fact
     assert {d.heads // d.kv_heads for d in decoders} == {1, 2, 4}
     assert {d.rope_dims < d.head_dim for d in decoders} == {False, True}
-    assert {(d.norm, d.parallel_residual) for d in decoders} == {(n, p) for n in ("layer", "rms") for p in (True, False)}
+    ways = {(norm, parallel) for norm in ("layer", "rms") for parallel in (True, False)}
+    assert {(d.norm, d.parallel_residual) for d in decoders} == ways
     for fact in ("post_norm", "activation"):
         assert len({getattr(s.vision, fact) for s in SPECS.values()}) > 1
-    assert {s.projector.joins_global for s in SPECS.values()} == {s.region is None for s in SPECS.values()}
+    ways = {(joins, region) for joins in (True, False) for region in (True, False)}
+    assert {(s.projector.joins_global, s.region is not None) for s in SPECS.values()} == ways
 
 
 def pixels(spec: ModelSpec, crops: int) -> np.ndarray:

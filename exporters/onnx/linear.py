@@ -54,25 +54,37 @@ def vector(g: Graph, *sources: str) -> ir.Value:
 
 
 def embedding(g: Graph, ids: ir.Value, source: str) -> ir.Value:
-    """Rows `ids` int64 [...] of a table [vocab, width]: f32 [..., width]."""
+    """Rows `ids` int64 [1, n] of a table [vocab, width]: f32 [1, n, width].
+
+    Standard operators in both flavours: GatherBlockQuantized is missing in the builds of onnxruntime-web that
+    transformers.js loads, and a few rows cost nothing either way.
+    """
     kind, note = table_kind(g, source)
     weight = g.store.weight(g.name, (source,), kind, note=note)
     if kind.floating:
         rows = g.node("Gather", g.load(weight.sections["values"]), ids, axis=0)
         return rows if kind.bits == 32 else g.node("Cast", rows, to=F32.value)
-    codes, scales = weight.sections["codes"], _scales(g, weight)
-    if g.flavour == "ort":
-        zeros = g.load(weight.sections["zeros"]) if "zeros" in weight.sections else None
-        table = g.load(codes, (weight.rows, codes.shape[1] * codes.shape[2]))
-        return g.contrib(
-            "GatherBlockQuantized", table, ids, scales, zeros,
-            bits=kind.bits, block_size=kind.block, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-    picked = g.node("Gather", g.load(codes, (weight.rows, codes.shape[1] * codes.shape[2])), ids, axis=0)
-    centred = g.node("Sub", g.node("Cast", picked, to=F32.value), g.const(128.0, np.float32))
-    blocks = g.reshape(centred, 0, 0, -1, kind.block)
-    factors = g.node("Unsqueeze", g.node("Gather", scales, ids, axis=0), g.i64(-1))
-    return g.reshape(g.node("Mul", blocks, factors), 0, 0, weight.columns)
+    codes, sections = weight.sections["codes"], weight.sections
+    packed = g.load(codes, (weight.rows, codes.shape[1] * codes.shape[2]))
+    blocks = g.reshape(_picked_codes(g, packed, ids, kind.bits), 0, 0, -1, kind.block)
+    zeros = g.const(float(1 << (kind.bits - 1)), np.float32)
+    if "zeros" in sections:
+        every = _picked_codes(g, g.load(sections["zeros"]), ids, kind.bits)
+        groups = g.node("Slice", every, g.i64(0), g.i64(kind.groups(weight.columns)), g.i64(2))
+        zeros = g.node("Unsqueeze", groups, g.i64(-1))
+    factors = g.node("Unsqueeze", g.node("Gather", _scales(g, weight), ids, axis=0), g.i64(-1))
+    return g.reshape(g.node("Mul", g.node("Sub", blocks, zeros), factors), 0, 0, weight.columns)
+
+
+def _picked_codes(g: Graph, table: ir.Value, ids: ir.Value, bits: int) -> ir.Value:
+    """Rows of uint8 codes as f32; of two 4-bit codes in a byte the low one comes first."""
+    values = g.node("Cast", g.node("Gather", table, ids, axis=0), to=F32.value)
+    if bits == 8:
+        return values
+    high = g.node("Floor", g.node("Mul", values, g.const(1 / 16, np.float32)))
+    low = g.node("Sub", values, g.node("Mul", high, g.const(16.0, np.float32)))
+    pairs = (g.node("Unsqueeze", part, g.i64(-1)) for part in (low, high))
+    return g.reshape(g.node("Concat", *pairs, axis=-1), 0, 0, -1)
 
 
 def table_kind(g: Graph, source: str) -> tuple[Kind, str]:
@@ -82,8 +94,6 @@ def table_kind(g: Graph, source: str) -> tuple[Kind, str]:
         return kind, note
     if kind.activations:
         kind, note = INT8, "a table's rows are read, not multiplied"
-    elif g.flavour == "portable" and kind.bits < 8:
-        kind, note = INT8, "standard operators read no rows of packed 4-bit tables"
     if width % kind.block:
         return F16, f"rows of {width} have no blocks of {kind.block}"
     return kind, note

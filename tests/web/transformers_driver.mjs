@@ -3,26 +3,25 @@
  * into its KV cache here, because its Llava class knows neither several crops nor our projection.
  *
  *     const model = await openModel(transformers, "moondream2.onnx");
- *     const { cache, length } = await pictureCache(transformers, model, { bos, pixels, crops, tiling });
- *     const out = await model.llava.generate(promptInputs(transformers, promptIds, { cache, length }));
+ *     const picture = await pictureCache(transformers, model, { bos, pixels, crops, tiling });
+ *     const out = await model.llava.generate(promptInputs(transformers, promptIds, picture));
  */
 
 import { Model, concat } from "./driver.mjs";
 
-/** Load a bundle. `name` is found under `env.localModelPath`, or on the Hub. */
+/** Load the bundle that lies under `env.localModelPath` as `name`. */
 export async function openModel({ AutoModelForImageTextToText, PreTrainedModel, env, Tensor }, name) {
   const llava = await AutoModelForImageTextToText.from_pretrained(name);
   // No class of transformers.js has a session of this name, so it is loaded as a model of its own.
   const config = { ...llava.config, model_type: "custom", architectures: [] };
   const projection = await PreTrainedModel.from_pretrained(name, { config, model_file_name: "vision_projection" });
-  const path = name.startsWith("/") || name.startsWith("http") ? name : `${env.localModelPath}${name}`;
-  const manifest = await (await fetch(`${path}/vlmedge.json`)).json();
+  const manifest = await (await fetch(`${env.localModelPath}${name}/vlmedge.json`)).json();
   const sessions = { ...llava.sessions, vision_projection: projection.sessions.model };
   const tensor = (type, data, dims) => new Tensor(type, data, dims).ort_tensor;
   return { llava, open: () => new Model(sessions, manifest.model, tensor) };
 }
 
-/** The KV cache after BOS and one picture; generate() adds to the one it is given, so take a fresh one per question. */
+/** BOS and one picture as a KV cache. generate() adds to the one it gets, so each reading of `cache` makes a new one. */
 export async function pictureCache({ DynamicCache, Tensor }, model, { bos, pixels, crops, tiling }) {
   const driver = model.open();
   const rows = await driver.project(await driver.vision(pixels, crops), tiling);
