@@ -49,7 +49,7 @@ def refused(folder: Path, text: str, spec: ModelSpec | None = None) -> str:
 
 def test_the_promised_profiles_ship():
     assert {"f32", "f16", "q8", "q6", "q5", "q4", "q4_0", "q3"} == set(profiles_for("gguf"))
-    assert {"f32", "f16", "w8a8", "q8", "q4", "q4_0", "q4-fast", "turbo"} == set(profiles_for("onnx"))
+    assert {"f32", "f16", "w8a8", "w8a8-kv8", "q8", "q4", "q4_0", "q4-fast", "turbo"} == set(profiles_for("onnx"))
     assert set(profiles_for("gguf")) | set(profiles_for("onnx")) == set(profile_names())
 
 
@@ -57,7 +57,8 @@ def test_the_promised_profiles_ship():
 def test_every_profile_parses_and_covers_every_tensor(name: str, spec: ModelSpec):
     profile = load_profile(name)
     assert profile.summary
-    assert profile.kv_cache == {"f32": "f32", "w8a8": "f32", "q4-fast": "int8", "turbo": "int8"}.get(name, "f16")
+    kept = {"f32": "f32", "w8a8": "f32", "w8a8-kv8": "int8", "q4-fast": "int8", "turbo": "int8"}
+    assert profile.kv_cache == kept.get(name, "f16")
     schemes = plan(profile, spec)
     assert list(schemes) == list(spec.tensors())
     for tensor, shape in spec.tensors().items():
@@ -193,7 +194,15 @@ def test_the_types_of_onnx(spec: ModelSpec):
     assert types("q4_0") == ["int8_32", "int4_32", "int4_32", "w8a8", "w8a8"]
     assert types("q8") == ["int8_32", "int8_32", "int8_32", "w8a8", "w8a8"]
     fast = plan(load_profile("q4-fast"), big)
-    assert {s for name, s in fast.items() if name.startswith("decoder.") and s.kind == "int"} == {Scheme("int", 4, 128)}
+    assert {s for name, s in fast.items() if name.startswith("decoder.layers.") and s.kind == "int"} == {
+        Scheme("int", 4, 128, symmetric=False)
+    }
+    assert fast["decoder.head.weight"] == Scheme("int", 8, activations=8)
+    assert fast["decoder.embed.weight"] == Scheme("int", 8, 32)
+
+
+def test_w8a8_kv8_differs_in_its_cache_alone(spec: ModelSpec):
+    assert plan(load_profile("w8a8-kv8"), spec) == plan(load_profile("w8a8"), spec)
 
 
 def test_turbo_is_q4_fast_and_a_w8a8_copy_of_the_layers(spec: ModelSpec):
