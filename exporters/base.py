@@ -106,7 +106,10 @@ class Exporter(Protocol):
         """
 
     def write(self, job: ExportJob) -> tuple[Written, ...]:
-        """Write the files into `job.out`, reading each tensor once."""
+        """Write the files into `job.out`, reading each tensor once.
+
+        Raises OSError where writing fails: whoever made the folder knows the name that a user gave it.
+        """
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for manifests: `requires` (runtime -> version), `stock` (what a stock app gets), `notes`; sentences."""

@@ -29,6 +29,7 @@ from vlmedge.spec import (
 from vlmedge.tensors import ArrayTensor, Tensor
 
 GOLDEN = Path(__file__).parent / "data/moondream2/tiny-mha"
+FLAVOURS = EXPORTERS["onnx"].flavours
 FLOATS = Scheme("float", 32)
 Array = npt.NDArray[Any]
 # A model of every part, small enough to export in 50 ms: 16 image tokens, 2 layers, heads of 32.

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from vlmedge.checkpoint import open_folder
-from vlmedge.errors import CheckpointError, OutputError, RuntimeFailedError, UnsupportedError
+from vlmedge.errors import CheckpointError, RuntimeFailedError, UnsupportedError
 from vlmedge.exporters import EXPORTERS, ExportJob, Written
 from vlmedge.exporters.choice import choose
 from vlmedge.exporters.gguf import layout, quantizer, stream
@@ -361,16 +361,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("writes", [0, 100])
-def test_a_full_disk_is_one_line(model: Model, tmp_path: Path, full_disk: Callable[[int], None], writes: int):
+def test_a_full_disk_stops_it(model: Model, tmp_path: Path, full_disk: Callable[[int], None], writes: int):
     full_disk(writes)
-    with pytest.raises(OutputError, match="is full") as error:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):  # staging makes a line of it
         EXPORTERS["gguf"].write(model.job("q4", tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_an_output_that_is_gone_is_one_line(model: Model, tmp_path: Path):
-    with pytest.raises(OutputError, match="cannot write to"):
-        EXPORTERS["gguf"].write(model.job("q4", tmp_path / "none"))
 
 
 def test_without_a_quantizer_the_remedy_is_named(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

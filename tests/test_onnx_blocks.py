@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.onnx_tools import (
+    FLAVOURS,
     TINY,
     Growing,
     export,
@@ -25,7 +26,6 @@ from tests.onnx_tools import (
 )
 from vlmedge import imaging
 from vlmedge.exporters import EXPORTERS
-from vlmedge.exporters.onnx.graph import FLAVOURS
 from vlmedge.reference.session import TorchSession
 from vlmedge.runtimes.onnxruntime_session import OnnxSession
 from vlmedge.session import F32

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from tests.onnx_tools import (
+    FLAVOURS,
     GOLDEN,
     Array,
     export,
@@ -29,7 +30,6 @@ from vlmedge.exporters import EXPORTERS, ExportJob, Order
 from vlmedge.exporters.choice import choose
 from vlmedge.exporters.onnx import stream
 from vlmedge.exporters.onnx.files import build
-from vlmedge.exporters.onnx.graph import FLAVOURS
 from vlmedge.exporters.onnx.kinds import KINDS
 from vlmedge.loading import describe
 from vlmedge.quant_profiles import Scheme, load_profile, plan, profiles_for

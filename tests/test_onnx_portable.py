@@ -16,8 +16,7 @@ from vlmedge.exporters import EXPORTERS, ExportJob
 from vlmedge.exporters.choice import choose
 from vlmedge.loading import describe
 
-FOUND = describe(GOLDEN)
-SPEC = FOUND.spec
+SPEC = describe(GOLDEN).spec
 DECODER = "decoder_model_merged"
 RNG = np.random.default_rng(8)
 PROFILES = ("f32", "w8a8", "q4")
@@ -30,8 +29,8 @@ class Pair:
     """Graphs of a portable export by the standard and by ONNX Runtime."""
 
     def __init__(self, profile: str, out: Path) -> None:
-        order = choose("onnx", profile, "portable").order(SPEC)
-        EXPORTERS["onnx"].write(ExportJob(order, FOUND.tensors, FOUND.tokenizer, "tiny", out, threads=1))
+        found, order = describe(GOLDEN), choose("onnx", profile, "portable").order(SPEC)
+        EXPORTERS["onnx"].write(ExportJob(order, found.tensors, found.tokenizer, "tiny", out, threads=1))
         self.profile, self.folder = profile, out / "onnx"
 
     def near(self, name: str) -> float:

@@ -16,6 +16,7 @@ import pytest
 import vlmedge
 from tests.conftest import Forgery
 from tests.onnx_tools import (
+    FLAVOURS,
     GOLDEN,
     TINY,
     job_of,
@@ -25,7 +26,6 @@ from tests.onnx_tools import (
 )
 from vlmedge.errors import CheckpointError, OutputError, UnsupportedError
 from vlmedge.exporters import EXPORTERS
-from vlmedge.exporters.onnx.graph import FLAVOURS
 from vlmedge.quant_profiles import Scheme
 from vlmedge.tensors import ArrayTensor
 
@@ -79,16 +79,15 @@ def full_disk(monkeypatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("writes", [0, 40])
-def test_a_full_disk_is_one_line(tmp_path, full_disk, writes):
+def test_a_full_disk_stops_it(tmp_path, full_disk, writes):
     full_disk(writes)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
-    with pytest.raises(OutputError, match=r"is full .*free some space") as error:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):  # staging makes a line of it
         write_with(tmp_path, {}, {})
-    assert "\n" not in str(error.value)
     assert before == (len(os.listdir("/proc/self/fd")) if before else 0)
 
 
-def test_a_disk_that_gives_no_room_for_a_file_is_one_line(tmp_path, monkeypatch):
+def test_a_disk_that_gives_no_room_for_a_file_stops_it(tmp_path, monkeypatch):
     """The files get their length before a weight is read; those that are open by then are closed."""
     done = []
 
@@ -98,18 +97,11 @@ def test_a_disk_that_gives_no_room_for_a_file_is_one_line(tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "ftruncate", ftruncate)
-    with pytest.raises(OutputError, match="is full"):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         write_with(tmp_path, {}, {})
     for fd in done:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
-
-
-def test_an_output_that_is_gone_is_one_line(tmp_path):
-    job = job_of(order_of(TINY), random_tensors(TINY), tmp_path / "gone")
-    job.out.rmdir()
-    with pytest.raises(OutputError, match=r"cannot write to .*gone"):
-        EXPORTERS["onnx"].write(job)
 
 
 def test_a_weight_that_cannot_be_read_is_named(tmp_path):
@@ -182,6 +174,6 @@ def test_nothing_is_left_behind(forgery, tmp_path, profile, bits, text):
 
 def test_nothing_is_left_behind_by_a_full_disk(tmp_path, full_disk):
     full_disk(30)
-    with pytest.raises(OutputError, match="is full"):
+    with pytest.raises(OutputError, match=r"the disk of .* is full; free some space"):
         vlmedge.export(GOLDEN, "onnx", "w8a8", tmp_path / "out", threads=1)
     assert not list(tmp_path.iterdir())

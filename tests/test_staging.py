@@ -26,12 +26,12 @@ from vlmedge.staging import staged
 WIDE = {"dim": 1024, "n_heads": 16, "n_kv_heads": 16, "ff_dim": 4096, "n_layers": 24}
 
 
-@pytest.fixture
-def output(golden, tmp_path):
-    """The words of an export of the golden checkpoint to a place."""
+@pytest.fixture(params=["gguf", "onnx"])
+def output(request, golden, tmp_path):
+    """The words of an export of the golden checkpoint to a place, in one format and the other."""
 
     def words(out: Path, profile: str = "--f32") -> list[object]:
-        return ["export", golden, "--format", "gguf", profile, "--no-verify", "--threads", 1, "--out", out]
+        return ["export", golden, "--format", request.param, profile, "--no-verify", "--threads", 1, "--out", out]
 
     return words
 

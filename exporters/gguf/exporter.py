@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from collections import Counter
 from typing import Any
 
-from vlmedge.errors import OutputError, RuntimeFailedError, UnsupportedError
+from vlmedge.errors import RuntimeFailedError, UnsupportedError
 from vlmedge.exporters.base import Encoding, ExportJob, Order, Written
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.exporters.gguf.heads import heads_metadata
@@ -59,17 +58,14 @@ class GgufExporter:
     def write(self, job: ExportJob) -> tuple[Written, ...]:
         """Write the files into `job.out`, reading each tensor once, in the order of the checkpoint's files.
 
-        Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OutputError where
-        the disk is full, RuntimeFailedError without ggml's quantizer.
+        Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OSError where
+        writing fails, RuntimeFailedError without ggml's quantizer.
         """
         stored = _stored(job.order)
         metadata = _metadata(job, stored, read_vocabulary(job.tokenizer, job.order.spec.decoder.vocab))
         if any(s.kind.quantized for s in stored):
             quantizer.load(quantizer.library_path())
-        try:
-            write_files(job, stored, metadata)
-        except OSError as error:
-            raise _output_error(job, error) from None
+        write_files(job, stored, metadata)
         return tuple(Written(file, role_of(file)) for file in metadata)
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
@@ -114,13 +110,6 @@ def _metadata(job: ExportJob, stored: tuple[Stored, ...], vocabulary: Vocabulary
             whole: dict[str, Any] = first | general | {"general.quantization_version": 2} | about | rest
             out |= dict(zip(files, parts_metadata(whole, list(files.values())), strict=True))
     return out
-
-
-def _output_error(job: ExportJob, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk of {job.out} is full ({reason}); free some space or choose another folder")
-    return OutputError(f"cannot write to {job.out}: {reason}")
 
 
 def _stock(spec: ModelSpec) -> tuple[str, ...]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmedge import __version__
-from vlmedge.errors import OutputError
 from vlmedge.exporters.base import Encoding, ExportJob, Order, Written
-from vlmedge.exporters.onnx.graph import FLAVOURS, Flavour
-from vlmedge.exporters.onnx.store import Weight
+from vlmedge.exporters.onnx.flavour import FLAVOURS, Flavour, flavour_of, kv_type
 from vlmedge.quant_profiles import KvCache
 from vlmedge.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from vlmedge.exporters.onnx.store import Weight
 
 REQUIRES = {"ort": {"onnxruntime": ">=1.24"}, "portable": {"onnx": "opset 23", "onnxruntime": ">=1.24"}}
 ROLES = {"decoder_model_merged": "text", "decoder_prefill": "text", "embed_tokens": "text"}
@@ -33,7 +33,7 @@ class OnnxExporter:
 
     def kv_cache(self, wanted: KvCache, flavour: str) -> KvCache:
         """Keys and values are f32, or int8 where the profile says so and the flavour has it."""
-        return "int8" if wanted == "int8" and flavour != "portable" else "f32"
+        return kv_type(wanted, flavour_of(flavour))
 
     def encodings(self, order: Order) -> dict[str, Encoding]:
         """Canonical name -> how it would be stored; reads no weights.
@@ -53,8 +53,8 @@ class OnnxExporter:
     def write(self, job: ExportJob) -> tuple[Written, ...]:
         """Write the files into `job.out`, reading each tensor once, in the order of the checkpoint's files.
 
-        Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OutputError where
-        the disk is full.
+        Raises UnsupportedError as `encodings`, CheckpointError for weights that are not finite, OSError where writing
+        fails.
         """
         import onnx_ir as ir
 
@@ -64,25 +64,22 @@ class OnnxExporter:
 
         built = build(job.order)
         folder = job.out / FOLDER
-        try:
-            folder.mkdir()
-            write_data(job, built)
-            out = [Written(f"{FOLDER}/{name}", _role(name)) for name in built.sizes]
-            for graph in built.graphs:
-                proto = ir.to_proto(graph.model("vlmedge", __version__))
-                (folder / f"{graph.name}.onnx").write_bytes(proto.SerializeToString())
-                out.append(Written(f"{FOLDER}/{graph.name}.onnx", _role(graph.name)))
-            parts = Counter(name.partition(".")[0] for name in built.sizes)
-            for name, text in configs(job.order.spec, job.tokenizer, parts).items():
-                (job.out / name).write_text(text, encoding="utf-8")
-                out.append(Written(name, "config"))
-        except OSError as error:
-            raise _output_error(job, error) from None
+        folder.mkdir()
+        write_data(job, built)
+        out = [Written(f"{FOLDER}/{name}", _role(name)) for name in built.sizes]
+        for graph in built.graphs:
+            proto = ir.to_proto(graph.model("vlmedge", __version__))
+            (folder / f"{graph.name}.onnx").write_bytes(proto.SerializeToString())
+            out.append(Written(f"{FOLDER}/{graph.name}.onnx", _role(graph.name)))
+        parts = Counter(name.partition(".")[0] for name in built.sizes)
+        for name, text in configs(job.order.spec, job.tokenizer, parts).items():
+            (job.out / name).write_text(text, encoding="utf-8")
+            out.append(Written(name, "config"))
         return tuple(out)
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what other libraries get) and `notes`, as sentences."""
-        flavour: Flavour = "portable" if order.flavour == "portable" else "ort"
+        flavour = flavour_of(order.flavour)
         return {"requires": REQUIRES[flavour], "stock": _stock(order.spec, flavour), "notes": _notes(order)}
 
 
@@ -107,24 +104,25 @@ def _role(file: str) -> str:
     return ROLES.get(graph, "heads" if graph.startswith("region") else "vision")
 
 
-def _output_error(job: ExportJob, error: OSError) -> OutputError:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk of {job.out} is full ({reason}); free some space or choose another folder")
-    return OutputError(f"cannot write to {job.out}: {reason}")
-
-
 def _stock(spec: ModelSpec, flavour: Flavour) -> tuple[str, ...]:
     words = ["onnx/ holds vision_encoder, vision_projection, embed_tokens and decoder_model_merged for any ONNX app."]
     if flavour == "ort":
         words.append("They use ONNX Runtime's own operators; other runtimes need --flavour portable.")
     if spec.projector.joins_global:
         words.append("A picture's crops, their stitch_index and pooling matrices are the app's to make: see image.")
+        words.append(
+            "transformers.js and optimum answer to text with the files alone; a picture needs the steps above."
+        )
     return tuple(words)
 
 
 def _notes(order: Order) -> tuple[str, ...]:
-    return ()
+    words = []
+    if kv_type(order.kv_cache, flavour_of(order.flavour)) == "int8":
+        words.append("Keys and values are int8, with scales that were set from the weights alone, not from pictures.")
+    if order.prefill:
+        words.append("decoder_prefill is decoder_model_merged in other weights, for calls of many positions.")
+    return tuple(words)
 
 
 EXPORTER = OnnxExporter()

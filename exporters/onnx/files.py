@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from vlmedge.exporters.base import Order
 from vlmedge.exporters.onnx.decoder import decoder_model, embed_tokens
-from vlmedge.exporters.onnx.graph import FLAVOURS, Flavour, Graph
+from vlmedge.exporters.onnx.flavour import flavour_of, kv_type
+from vlmedge.exporters.onnx.graph import Graph
 from vlmedge.exporters.onnx.kinds import F16, F32, Kind, wanted
 from vlmedge.exporters.onnx.projector import vision_projection
 from vlmedge.exporters.onnx.region import HEADS, region_head
@@ -38,7 +38,8 @@ def build(order: Order) -> Built:
     spec = order.spec
     store = Store(spec.tensors())
     kinds = _kinds(store, order.plan)
-    flavour = cast(Flavour, order.flavour or FLAVOURS[0])
+    flavour = flavour_of(order.flavour)
+    kv = kv_type(order.kv_cache, flavour)
     prefix = spec.image_tokens + 1
 
     def graph(name: str, kinds: Mapping[str, Kind] = kinds, prefill: frozenset[str] = frozenset()) -> Graph:
@@ -46,10 +47,10 @@ def build(order: Order) -> Built:
         return graphs[-1]
 
     graphs: list[Graph] = []
-    decoder_model(graph(DECODER), spec.decoder, order.kv_cache, prefix)
+    decoder_model(graph(DECODER), spec.decoder, kv, prefix)
     if order.prefill:
         other = kinds | _kinds(store, order.prefill)
-        decoder_model(graph(PREFILL, other, frozenset(order.prefill)), spec.decoder, order.kv_cache, prefix)
+        decoder_model(graph(PREFILL, other, frozenset(order.prefill)), spec.decoder, kv, prefix)
     embed_tokens(graph("embed_tokens"), spec.decoder)
     vision_encoder(graph("vision_encoder"), spec.vision)
     vision_projection(graph("vision_projection"), spec)

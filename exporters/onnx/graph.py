@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlmedge.exporters.onnx.flavour import Flavour
 from vlmedge.exporters.onnx.kinds import Kind
 from vlmedge.exporters.onnx.store import Section, Store
 
-Flavour = Literal["ort", "portable"]
-FLAVOURS: tuple[Flavour, ...] = ("ort", "portable")
 # Opset 23 has rotary embedding and attention with past keys as standard operators; older runtimes have opset 21.
 OPSETS: dict[Flavour, dict[str, int]] = {"ort": {"": 21, "com.microsoft": 1}, "portable": {"": 23}}
 IR_VERSION = 10
