@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from onnx_speed_children import PROMPT, READ, Reply
-from real_size import Size, machine, open_random, say, write_moondream
+from real_size import Size, crop_flops, kv_bytes, machine, open_random, say, write_moondream
 
 from vlmedge.runtimes.cores import physical_cores
-from vlmedge.spec import DecoderSpec, VisionSpec
 
 ONNX, GGUF = ("q4-fast", "q4", "w8a8", "turbo"), ("q4_0", "q4")
 STAGES = ("decode", "prefill", "vision", "first_token", "export", "memory")
@@ -244,19 +243,6 @@ def measure_memory(bench: Bench) -> Stage:
 
 
 # ---- tables -----------------------------------------------------------------------------------------------------
-
-
-def kv_bytes(decoder: DecoderSpec, kind: str, positions: float) -> float:
-    """Bytes of keys and values that a token at `positions` reads."""
-    item = {"f32": 4, "f16": 2, "int8": 1}[kind]
-    return 2.0 * decoder.layers * decoder.kv_heads * decoder.head_dim * item * positions
-
-
-def crop_flops(vision: VisionSpec) -> float:
-    """Operations of one crop's matrix products."""
-    w, m, n = vision.width, vision.mlp_width, vision.tokens
-    layer = 2.0 * n * (4 * w * w + 2 * w * m) + 4.0 * n * n * w
-    return vision.layers * layer + 2.0 * n * w * vision.channels * vision.patch_size**2
 
 
 def report_decode(bench: Bench, stage: Stage) -> dict[str, Reply]:

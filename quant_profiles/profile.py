@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,11 +10,6 @@ from typing import Any, Literal, TypeAlias
 
 from vlmedge.errors import UsageError, nearest
 from vlmedge.records import decode
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "profiles"
 KvCache: TypeAlias = Literal["f32", "f16", "int8"]

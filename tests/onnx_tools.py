@@ -56,11 +56,8 @@ def made_up(decoder: Mapping[str, Any] | None = None, **changes: Any) -> ModelSp
     return replace(TINY, decoder=replace(TINY.decoder, **(decoder or {})), **changes)
 
 
-def random_tensors(spec: ModelSpec, seed: int = 1, heavy: bool = False) -> dict[str, Tensor]:
-    """Gaussian weights. Scores of attention have a spread of about 2, so that who sees whom decides much.
-
-    `heavy`: a few values of each matrix are large, as in trained models.
-    """
+def random_tensors(spec: ModelSpec, seed: int = 1) -> dict[str, Tensor]:
+    """Gaussian weights. Scores of attention have a spread of about 2, so that who sees whom decides much."""
     rng = np.random.default_rng(seed)
 
     def values(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
@@ -71,8 +68,7 @@ def random_tensors(spec: ModelSpec, seed: int = 1, heavy: bool = False) -> dict[
         if (name.startswith("region.") and name.endswith("features")) or name == "decoder.embed.weight":
             return rng.normal(0, 1, shape)
         gain = 1.5 if name.endswith(("attn.q.weight", "attn.k.weight")) else 1.0
-        spread = rng.standard_t(3, shape) if heavy else rng.normal(0, 1, shape)
-        return spread * gain / np.sqrt(np.prod(shape[1:]))
+        return rng.normal(0, gain, shape) / np.sqrt(np.prod(shape[1:]))
 
     return {name: ArrayTensor(values(name, shape).astype(np.float32)) for name, shape in spec.tensors().items()}
 

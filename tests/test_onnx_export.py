@@ -354,6 +354,16 @@ def test_each_tensor_is_read_once_in_blocks_and_told(golden_model, tmp_path):
     assert seen == [(name, tensor.size) for name, tensor in tensors.items()]
 
 
+def test_what_differs_from_the_plan_is_noted(golden_model):
+    encodings = EXPORTERS["onnx"].encodings(golden_model.order("q8"))
+    notes = {name: (e.type, e.note) for name, e in encodings.items() if e.note}
+    assert notes == {"vision.patch.weight": ("f16", "a convolution's kernel has no w8a8 form")}
+    tables = {"decoder.embed.weight": Scheme("int", 4)}  # rows of 64, blocks of 128
+    for tied in (False, True):
+        encodings = EXPORTERS["onnx"].encodings(order_of(made_up({"tied_head": tied}), tables))
+        assert encodings["decoder.embed.weight"].note == "rows of 64 have no blocks of 128"
+
+
 def test_notes_say_what_other_apps_get(golden_model):
     for flavour in FLAVOURS:
         notes = EXPORTERS["onnx"].notes(golden_model.order("w8a8", flavour), golden_model.found.tokenizer)

@@ -200,12 +200,12 @@ def test_what_is_missing_comes_with_its_remedy(monkeypatch, bundles):
     import onnxruntime as native
 
     assert onnxruntime.missing() is None
-    for version, said in (("1.23.2", "1.23.2 is too old"), ("", "of no version is too old")):
+    for version, said in (("1.29.0", "1.29.0 is too old"), ("", "of no version is too old")):
         monkeypatch.setattr(native, "__version__", version)
         assert said in str(onnxruntime.missing())
         with pytest.raises(RuntimeFailedError, match="pip install --upgrade onnxruntime"):
             opened_session(bundles["ort"])
-    for version in ("1.24.0", "1.33.0.dev20261101"):
+    for version in ("1.30.0", "1.33.0.dev20261101"):
         monkeypatch.setattr(native, "__version__", version)
         assert onnxruntime.missing() is None
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -215,3 +215,12 @@ def test_what_is_missing_comes_with_its_remedy(monkeypatch, bundles):
     assert "is not installed" in str(onnxruntime.missing())
     with pytest.raises(MissingExtraError, match="onnxruntime"):
         opened_session(bundles["ort"])
+
+
+def test_onnx_runtime_reports_nothing_home(tmp_path):
+    """Its import alone would write a device id and a queue of events into the user's cache."""
+    code = "import vlmedge, onnxruntime; print(onnxruntime.__version__)"
+    words = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment = words | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []

@@ -202,9 +202,10 @@ def _standard(
         g.node("Transpose", g.reshape(part, 1, -1, heads, dim), perm=[0, 2, 1, 3])
         for part, heads in zip(split, (q, kv, kv), strict=True)
     )
-    turned = (
-        g.node("RotaryEmbedding", x, at.cos, at.sin, at.ids, rotary_embedding_dim=spec.rope_dims % dim)
-        for x in (query, key)
-    )
-    out, key, value = g.nodes_of("Attention", *turned, value, at.mask, *past, count=3)
+    if spec.rope_dims:  # the operator takes 0 for all dimensions
+        query, key = (
+            g.node("RotaryEmbedding", x, at.cos, at.sin, at.ids, rotary_embedding_dim=spec.rope_dims % dim)
+            for x in (query, key)
+        )
+    out, key, value = g.nodes_of("Attention", query, key, value, at.mask, *past, count=3)
     return g.node("Transpose", out, perm=[0, 2, 1, 3]), key, value

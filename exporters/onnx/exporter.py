@@ -15,7 +15,8 @@ from vlmedge.spec import ModelSpec
 if TYPE_CHECKING:
     from vlmedge.exporters.onnx.store import Weight
 
-REQUIRES = {"ort": {"onnxruntime": ">=1.24"}, "portable": {"onnx": "opset 23", "onnxruntime": ">=1.24"}}
+# 1.30 is the first with GroupQueryAttention's attribute `causal`; 1.24 runs what has standard operators only.
+REQUIRES = {"ort": {"onnxruntime": ">=1.30"}, "portable": {"onnx": "opset 23", "onnxruntime": ">=1.24"}}
 ROLES = {"decoder_model_merged": "text", "decoder_prefill": "text", "embed_tokens": "text"}
 
 

@@ -9,7 +9,7 @@ from vlmedge.exporters.base import Order
 from vlmedge.exporters.onnx.decoder import decoder_model, embed_tokens
 from vlmedge.exporters.onnx.flavour import flavour_of, kv_type
 from vlmedge.exporters.onnx.graph import Graph
-from vlmedge.exporters.onnx.kinds import F16, F32, Kind, wanted
+from vlmedge.exporters.onnx.kinds import F32, Kind, wanted
 from vlmedge.exporters.onnx.projector import vision_projection
 from vlmedge.exporters.onnx.region import HEADS, region_head
 from vlmedge.exporters.onnx.store import Section, Store
@@ -60,11 +60,8 @@ def build(order: Order) -> Built:
 
 
 def _kinds(store: Store, plan: Mapping[str, Scheme]) -> dict[str, Kind]:
-    """Each tensor's kind; a convolution's kernel has floats only."""
-    out = {}
-    for name, scheme in plan.items():
-        kind = wanted(scheme)
-        out[name] = F16 if len(store.shapes[name]) > 2 and not kind.floating else kind
+    """Each tensor's kind; vectors are f32."""
+    out = {name: wanted(scheme) for name, scheme in plan.items()}
     return out | {name: F32 for name, shape in store.shapes.items() if len(shape) < 2 and name in out}
 
 

@@ -9,7 +9,6 @@ from vlmedge.errors import UnsupportedError, nearest
 from vlmedge.quant_profiles import Scheme
 from vlmedge.quant_profiles.grids import Grid
 
-SHORTEST_BLOCK = 16  # of MatMulNBits, whose blocks are powers of two
 _F16_SCALE, _F32_SCALE = 2, 4
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 import numpy as np
 import onnx_ir as ir
-from typing_extensions import assert_never
 
 from vlmedge.exporters.onnx.graph import Graph
 from vlmedge.exporters.onnx.linear import linear, vector

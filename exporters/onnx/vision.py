@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from vlmedge.exporters.onnx.graph import F32, Graph
+from vlmedge.exporters.onnx.kinds import F16
 from vlmedge.exporters.onnx.linear import linear, vector
 from vlmedge.exporters.onnx.pointwise import mlp, norm
 from vlmedge.spec import VisionSpec
@@ -25,7 +26,11 @@ def vision_encoder(g: Graph, spec: VisionSpec) -> None:
 
 def _patches(g: Graph, spec: VisionSpec, pixels: ir.Value) -> ir.Value:
     """Rows f32 [num_crops * tokens, width]: each patch by one convolution, and its position."""
-    kernel = g.store.weight(g.name, ("vision.patch.weight",), g.kinds["vision.patch.weight"])
+    name = "vision.patch.weight"
+    kind, note = g.kinds[name], ""
+    if not kind.floating:
+        kind, note = F16, f"a convolution's kernel has no {kind.name} form"
+    kernel = g.store.weight(g.name, (name,), kind, note=note)
     values = g.load(kernel.sections["values"])
     if kernel.kind.bits == 16:
         values = g.node("Cast", values, to=F32.value)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from vlmedge.errors import VlmedgeError
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from vlmedge.skills import Model
 
 __version__ = "0.1.0"
+
+# onnxruntime 1.32 reports home from the moment it is imported, and keeps a device id on disk; whoever wants that says so.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {
     "Answer": "vlmedge.answer",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
-
-from typing_extensions import assert_never
+from typing import TYPE_CHECKING, TypeAlias, assert_never
 
 from vlmedge.errors import CheckpointError, UnsupportedError, nearest
 from vlmedge.spec import Coordinate, Ids, Image, Part, PromptSpec, References, Text

@@ -111,8 +111,8 @@ class _Shown(Progress):
             self._bars.advance(self._task, steps)
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._bars.console.print(f"note: {text}", highlight=False, markup=False)
+        """Print a line above the bar; never folded, since it may end in a command to be copied."""
+        self._bars.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def megabytes(count: float) -> str:

@@ -97,7 +97,6 @@ def export_one(format_: str, profile: str, folder: Path, threads: int | None, pr
     from vlmedge.pipeline import export
 
     start = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"moondream2-{profile}.{format_}"
     bundle = export(SOURCE, format_, profile, target, threads=threads, progress=_Stages(progress))
     seconds = time.perf_counter() - start

@@ -23,7 +23,7 @@ from vlmedge.cli.options import (
 @format_option
 @profile_options
 @flavour_option
-@click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE.FORMAT here].")
+@click.option("--out", metavar="DIR", help="The bundle's folder [default: NAME-PROFILE[-FLAVOUR].FORMAT here].")
 @click.option("--no-verify", is_flag=True, help="Do not compare with the original.")
 @click.option("--dry-run", is_flag=True, help="Print what would be written, read no weights, write nothing.")
 @part_option

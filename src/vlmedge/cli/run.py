@@ -35,7 +35,14 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option("--face", metavar="X,Y,X2,Y2", help="Instead: a face box, from which eyes are drawn and averaged.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
 @click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
-@click.option("--memory", callback=one_of("fast", "lean"), default="fast", show_default=True, metavar="fast|lean")
+@click.option(
+    "--memory",
+    callback=one_of("fast", "lean"),
+    default="fast",
+    show_default=True,
+    metavar="fast|lean",
+    help="lean maps a bundle's weights, so that the system can drop them.",
+)
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions to keep memory for [default: all].")
 @click.option(
     "--dtype",
@@ -43,9 +50,16 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
     metavar="f32|bf16|f16",
     help="Of the original [default: f32].",
 )
-@click.option("--max-tokens", type=click.IntRange(1), metavar="N")
-@click.option("--temperature", type=click.FloatRange(0, 1e6), default=0.0, show_default=True, metavar="T")
-@click.option("--seed", type=click.IntRange(0), metavar="S")
+@click.option("--max-tokens", type=click.IntRange(1), metavar="N", help="Stop after N tokens.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 1e6),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 always takes the likeliest token.",
+)
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Of what a temperature above 0 draws.")
 @click.option("--stream", is_flag=True, help="Print the answer as it comes.")
 @click.option("--draw", metavar="OUT.png", help="Draw boxes and points on the picture.")
 @pickle_option

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
@@ -155,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """One of the page's files, a shipped picture, or what the page should know."""
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         try:
             self._check_host()
             if path == "/about":
@@ -210,9 +210,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(HTTPStatus.FORBIDDEN, "only the page itself may ask")
 
     def _question(self) -> _Question:
-        target = urlsplit(self.path)
-        words = dict(parse_qsl(target.query, keep_blank_values=True))
-        if target.path != "/ask" or not words.keys() <= {"skill", "text", "picture"}:
+        path, _, query = self.path.partition("?")  # urlsplit raises for some
+        words = dict(parse_qsl(query, keep_blank_values=True))
+        if path != "/ask" or not words.keys() <= {"skill", "text", "picture"}:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "there is nothing at this address")
         question = _Question(**words)
         if question.skill not in self.server.about["skills"]:

@@ -8,7 +8,7 @@ from vlmedge.errors import BundleError, MissingExtraError, RuntimeFailedError
 from vlmedge.runtimes import Opening, Runtime
 from vlmedge.session import Session
 
-_OLDEST = (1, 24)
+_OLDEST = (1, 30)  # the first that knows every operator and attribute of our graphs
 _INSTALL = "pip install --upgrade onnxruntime"
 
 

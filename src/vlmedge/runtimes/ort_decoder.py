@@ -10,7 +10,7 @@ import numpy as np
 from vlmedge.errors import BundleError, ContextError, UnsupportedError
 from vlmedge.runtimes import Memory
 from vlmedge.runtimes.ort_engine import InferenceSession
-from vlmedge.runtimes.ort_errors import computing
+from vlmedge.runtimes.ort_errors import computing, loading
 from vlmedge.runtimes.ort_kv import GrowingKv, KvCache, SharedKv, Slot, slots_of
 from vlmedge.session import F32, Step
 from vlmedge.spec import DecoderSpec
@@ -40,13 +40,15 @@ class Decoder:
         slots = _checked_slots(session, path, spec)
         self.properties: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
         self._kv = self._cache(slots)
-        self._graph = DecoderGraph(session, self._kv, spec, memory)
+        with loading(path):
+            self._graph = DecoderGraph(session, self._kv, spec, memory)
         self._prefill = self._graph
         if prefill.is_file():
             session = opener.open(prefill)
             if _checked_slots(session, prefill, spec) != slots:
                 raise BundleError(f"{prefill} does not share the KV cache of {path.name}; export it again")
-            self._prefill = DecoderGraph(session, self._kv, spec, memory)
+            with loading(prefill):
+                self._prefill = DecoderGraph(session, self._kv, spec, memory)
         self.position = 0
 
     @property
@@ -150,7 +152,8 @@ def _bind_output(io: Any, name: str, array: F32) -> None:
 
 
 def _checked_slots(session: InferenceSession, path: Path, spec: DecoderSpec) -> list[Slot]:
-    slots = slots_of(session)
+    with loading(path):
+        slots = slots_of(session)
     shapes = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
     found = (len(slots) // 2, {(s.heads, s.head_dim) for s in slots}, *_last(shapes, "inputs_embeds", "logits"))
     expected = (spec.layers, {(spec.kv_heads, spec.head_dim)}, spec.width, spec.vocab)

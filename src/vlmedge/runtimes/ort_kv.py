@@ -36,12 +36,14 @@ class Slot:
 
 
 def slots_of(session: InferenceSession) -> list[Slot]:
-    """The inputs of a decoder's graph that hold keys and values."""
-    return [
-        Slot(node.name, PRESENT + node.name.removeprefix(PAST), node.shape[1], node.shape[3], TYPES[node.type])
-        for node in session.get_inputs()
-        if node.name.startswith(PAST)
-    ]
+    """The inputs of a decoder's graph that hold keys and values; raises ValueError for one of another kind."""
+    return [_slot(node) for node in session.get_inputs() if node.name.startswith(PAST)]
+
+
+def _slot(node: Any) -> Slot:
+    if node.type not in TYPES or len(node.shape) != 4:
+        raise ValueError(f"its input {node.name} is {node.type} {node.shape}, which cannot be keys or values")
+    return Slot(node.name, PRESENT + node.name.removeprefix(PAST), node.shape[1], node.shape[3], TYPES[node.type])
 
 
 def zero_pages(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[np.generic]:

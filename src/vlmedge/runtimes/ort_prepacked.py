@@ -2,7 +2,8 @@
 
 ONNX Runtime copies every matrix into the layout that computes fastest: anonymous memory, as large as the file. Saved
 once, the copy is mapped like any file: the system can drop its pages, and processes share them. It suits one processor
-and one version of ONNX Runtime only, so it is a cache and never part of a bundle.
+and one version of ONNX Runtime only, so it is a cache and never part of a bundle. And it is tried before it is kept:
+ONNX Runtime 1.30 and 1.31 save MatMulNBits so that it computes nonsense (seen on x86 with AMX; 1.32 is right).
 """
 
 from __future__ import annotations
@@ -15,13 +16,20 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vlmedge.errors import BundleError, OutputError
+import numpy as np
+import numpy.typing as npt
+
+from vlmedge.errors import BundleError, OutputError, RuntimeFailedError
 from vlmedge.runtimes.ort_engine import Engine, InferenceSession
+from vlmedge.runtimes.ort_errors import computing
+from vlmedge.runtimes.ort_kv import PAST, TYPES
 
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FACTS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # x86, then Arm
 _PART = ".part-"
+_ROWS, _NEAR = 3, 0.05  # nonsense is off by 0.5 and more
 _ABANDONED = 3600  # seconds after which a folder that was never finished is nobody's
 
 
@@ -35,7 +43,8 @@ class PrepackedGraphs:
     def open(self, path: Path, *, spinning: bool = False) -> InferenceSession:
         """Open the copy of a graph, which is written first where there is none.
 
-        Raises BundleError for a damaged graph, OutputError where the folder cannot be written.
+        Raises BundleError for a damaged graph, OutputError where the folder cannot be written, RuntimeFailedError where
+        the copy computes something else.
         """
         if not path.is_file():
             raise BundleError(f"{path} is missing; export it again")
@@ -54,26 +63,82 @@ class PrepackedGraphs:
     def _write(self, path: Path, copy: Path) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep(path)
+            self._sweep(path, copy)
             part = Path(tempfile.mkdtemp(prefix=_PART, dir=self.folder))
             try:
-                self.engine.open(path, saved_to=part / path.name)
+                self._check(self._save(path, part / path.name), part / path.name)
                 for file in part.iterdir():
                     _sync(file)
-                if not copy.is_dir():  # another process may have been faster
-                    part.rename(copy)
+                _put_in_place(part, copy)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
             raise OutputError(f"{self.folder} cannot keep the graphs that memory='lean' maps: {error}") from error
 
-    def _sweep(self, path: Path) -> None:
+    def _save(self, path: Path, target: Path) -> InferenceSession:
+        """Open a graph once, to save it. ONNX Runtime has one error for a damaged graph and for a full disk."""
+        try:
+            return self.engine.open(path, saved_to=target)
+        except BundleError as error:
+            self.engine.open(path, prepack=False)  # raises where it is the bundle's
+            raise OSError(f"saving {path.name} failed; the disk needs twice the bytes of its weights") from error
+
+    def _check(self, original: InferenceSession, copy: Path) -> None:
+        """Compare what a graph and its copy make of one small input."""
+        import onnxruntime
+
+        feeds = _feeds(original)
+        with computing(f"trying a copy of {copy.name}"):
+            wanted, got = (session.run(None, feeds) for session in (original, self.engine.open(copy)))
+        if not all(_near(ours, theirs) for ours, theirs in zip(got, wanted, strict=True)):
+            raise RuntimeFailedError(
+                f"onnxruntime {onnxruntime.__version__} saves {copy.name} so that it computes something else, which "
+                "memory='lean' needs; pip install --upgrade onnxruntime, or leave memory='fast'"
+            )
+
+    def _sweep(self, path: Path, copy: Path) -> None:
         """Remove copies of the file as it was before, and what killed processes left unfinished."""
         for old in self.folder.glob(f"{_where(path)}-*"):
-            shutil.rmtree(old, ignore_errors=True)
+            if old != copy:  # which another process has just finished
+                shutil.rmtree(old, ignore_errors=True)
         for part in self.folder.glob(f"{_PART}*"):
-            if time.time() - part.stat().st_mtime > _ABANDONED:
+            if _age(part) > _ABANDONED:
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def _feeds(session: InferenceSession) -> dict[str, npt.NDArray[Any]]:
+    """A few rows of noise, everything alive, no past."""
+    rng = np.random.default_rng(0)
+    out: dict[str, npt.NDArray[Any]] = {}
+    for node in session.get_inputs():
+        rows = 0 if node.name.startswith(PAST) else _ROWS
+        shape = [dim if isinstance(dim, int) else rows for dim in node.shape]
+        noise = rng.standard_normal(shape, np.float32) if node.type == "tensor(float)" else np.ones(shape)
+        out[node.name] = noise.astype(TYPES.get(node.type, np.int64))
+    return out
+
+
+def _near(ours: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> bool:
+    """Equal but for the order of sums; int8 keys and values may round to the next step."""
+    difference = np.linalg.norm(ours.astype(np.float64) - theirs)
+    return bool(difference <= _NEAR * np.linalg.norm(theirs.astype(np.float64)))  # False for NaN
+
+
+def _put_in_place(part: Path, copy: Path) -> None:
+    """Rename a finished folder; one of that name is as good, if another process was faster."""
+    try:
+        part.rename(copy)
+    except OSError:
+        if not copy.is_dir():
+            raise
+
+
+def _age(folder: Path) -> float:
+    """Seconds since it was made; 0 for one that another process has just removed."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _where(path: Path) -> str:
