@@ -200,9 +200,9 @@ class _Tile:
         The error lacks the sum of squares, which all trials share; what float32 loses by that decides near-ties only.
         """
         self.round(np.float32(factor), zero)
-        along, power = self._sum(self.values, self._codes), np.maximum(self._sum(self._codes, self._codes), _TINY)
-        ratio = along / power
-        return _Fit(ratio, zero, -along * ratio)
+        along, power = self._sum(self.values, self._codes), self._sum(self._codes, self._codes)
+        ratio: F32 = np.divide(along, np.maximum(power, _TINY))
+        return _Fit(ratio, zero, np.negative(along * ratio))
 
     def settle(self, fit: _Fit) -> _Fit:
         """Round the scale as it is stored, then the values at it; the error is measured."""
@@ -273,11 +273,17 @@ def _plain(top: F32, bottom: F32, grid: Grid) -> tuple[F32, F32]:
         raise CheckpointError("rows to quantize hold NaN or infinite values; the checkpoint cannot be exported")
     if grid.symmetric:  # the largest value gets the far end of the codes, so the scale may be negative
         largest = np.where(top >= -bottom, top, bottom)
-        scale = np.abs(largest) / np.float32(127) if grid.bits == 8 else largest / np.float32(-grid.middle)
+        scale: F32 = (
+            np.divide(np.abs(largest), np.float32(127))
+            if grid.bits == 8
+            else np.divide(largest, np.float32(-grid.middle))
+        )
         zero = np.full_like(scale, grid.middle)
     else:
-        scale = (np.maximum(top, np.float32(0)) - np.minimum(bottom, np.float32(0))) / np.float32(grid.highest)
-        zero = np.clip(-bottom * _inverse(scale), 0, grid.highest)
+        width = np.maximum(top, np.float32(0)) - np.minimum(bottom, np.float32(0))
+        scale = np.divide(width, np.float32(grid.highest))
+        offset: F32 = np.multiply(-bottom, _inverse(scale))
+        zero = np.clip(offset, np.float32(0), np.float32(grid.highest))
     stored = _stored(scale, grid)
     if not np.isfinite(stored).all():
         raise CheckpointError(

@@ -1,7 +1,8 @@
 """Scales of int8 keys and values from the weights alone, so that no picture is needed to export.
 
 A normalised row has a mean square of one, so a key is about its mean (the norm's bias through the projection) plus a
-spread (the length of the projection's row after the norm's weight) times a number of unit variance.
+spread (the length of the projection's row after the norm's weight) times a number of unit variance. A layer norm also
+takes the mean away, so there a row's own mean adds nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Observer:
     """Collects one projection's rows, in any order and from several threads, each row once."""
 
     gain: F32
+    centred: bool
     shift: F32 | None
     bias: F32 | None
     mean: F32 = field(init=False)
@@ -38,7 +40,10 @@ class Observer:
     def see(self, start: int, rows: F32) -> None:
         """Take rows float32 [n, width] of the projection's matrix, the first being number `start`."""
         part = slice(start, start + len(rows))
-        self.spread[part] = np.linalg.norm(rows * self.gain, axis=1)
+        scaled = rows * self.gain
+        if self.centred:
+            scaled -= scaled.mean(axis=1, keepdims=True)
+        self.spread[part] = np.linalg.norm(scaled, axis=1)
         if self.shift is not None:
             self.mean[part] = rows @ self.shift
         if self.bias is not None:
@@ -56,7 +61,7 @@ def observers(spec: DecoderSpec, tensors: Mapping[str, Tensor], scales: tuple[Kv
             for key in (f"{layer}.norm1.weight", f"{layer}.norm1.bias", f"{name}.bias")
         )
         assert gain is not None
-        out[f"{name}.weight"] = Observer(gain, shift, bias)
+        out[f"{name}.weight"] = Observer(gain, spec.norm == "layer", shift, bias)
         out[f"{name}.weight"].expect(spec.kv_heads * spec.head_dim)
     return out
 
@@ -70,5 +75,5 @@ def scales_of(spec: DecoderSpec, part: str, seen: Observer) -> F32:
         mean[:, a] = mean[:, b] = np.hypot(mean[:, a], mean[:, b])
         spread[:, a] = spread[:, b] = np.maximum(spread[:, a], spread[:, b])
     reach = np.maximum(mean + np.float32(REACH) * spread, np.float32(_LEAST))
-    scales: F32 = (reach / np.float32(_CODES)).reshape(1, spec.kv_heads, 1, spec.head_dim)
+    scales: F32 = np.divide(reach, np.float32(_CODES)).reshape(1, spec.kv_heads, 1, spec.head_dim)
     return scales

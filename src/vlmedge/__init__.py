@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# onnxruntime 1.32 reports home from the moment it is imported, and keeps a device id on disk; whoever wants that says so.
+# onnxruntime 1.32 reports home from its import on, and keeps a device id on disk; whoever wants that says so.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LAZY = {

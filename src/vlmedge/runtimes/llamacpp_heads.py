@@ -65,7 +65,7 @@ class RegionHeads:
 
 def fourier(x: F32, frequencies: F32) -> F32:
     """Return cos and sin of 2 pi x @ frequencies, joined: [n, axes] and [axes, k] -> float32 [n, 2k]."""
-    angles: F32 = np.float32(2 * math.pi) * x @ frequencies
+    angles: F32 = np.matmul(np.multiply(np.float32(2 * math.pi), x), frequencies)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
