@@ -22,6 +22,7 @@ from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32, I32, Session, Step
 from vlmedge.skills import Model
 
+TALK = 160  # words before words are timed
 PROMPT = 20  # causal positions behind the picture
 READ = 1_500_000_000  # bytes of a streaming read: several times any cache
 Reply = dict[str, Any]
@@ -49,6 +50,7 @@ class Opened:
         self.spec, self.session = model.spec, session
         self.model = Model(model.spec, session, Tokenizer(model.tokenizer))
         self.rows = embeddings(model.spec.image_tokens + 1 + PROMPT, model.spec.decoder.width)
+        self.talked = 0
 
     def prefill(self) -> Reply:
         """A picture's prefix, where all positions see each other, and a prompt behind it."""
@@ -63,8 +65,11 @@ class Opened:
         """Seconds of each token, chosen greedily, behind picture and prompt."""
         if self.session.position < len(self.rows):
             self.prefill()
-        self.session.rewind(len(self.rows))
         token: I32 = np.array([7], np.int32)
+        while self.talked < TALK:  # a session that talks at length has its weights in huge pages (huge_pages.py)
+            self._next(token)
+            self.talked += 1
+        self.session.rewind(len(self.rows))
         return {"seconds": [seconds(lambda: self._next(token)) for _ in range(tokens)]}
 
     def _next(self, token: I32) -> None:

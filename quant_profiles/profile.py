@@ -131,7 +131,7 @@ def load_profile(name: str) -> QuantProfile:
     if name.endswith(".toml"):
         return _read(Path(name))
     if name not in profile_names():
-        raise UsageError(f"unknown profile '{name}'{nearest(name, profile_names())}; or give the path of a .toml file")
+        raise UsageError(f"unknown profile '{name}'{nearest(name, profile_names())} (or give a .toml file's path)")
     return _read(FOLDER / f"{name}.toml")
 
 

@@ -66,7 +66,8 @@ def test_unknown_runtime(refused, golden, bundle, photo):
 
 def test_a_runtime_for_something_else(refused, golden, bundle, photo):
     assert "export it first" in refused("run", golden, photo, "What?", "--runtime", "llamacpp", code=2)
-    assert "is a gguf bundle" in refused("run", bundle, photo, "What?", "--runtime", "torch", code=2)
+    line = refused("run", bundle, photo, "What?", "--runtime", "torch", code=2)
+    assert line == f"vlmedge: the runtime 'torch' runs checkpoints; {bundle} has the format gguf\n"
 
 
 def test_unknown_skill(refused, bundle, photo):

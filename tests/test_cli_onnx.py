@@ -90,9 +90,36 @@ def test_files_that_were_changed(refused, damaged):
     assert "decoder_model_merged.onnx" in refused("run", damaged, *QUESTION)
 
 
-def test_a_folder_of_graphs_is_no_bundle(refused, onnx_bundle):
-    assert "is not a bundle" in refused("run", onnx_bundle / "onnx", *QUESTION)
-    assert "is not a bundle" in refused("inspect", onnx_bundle / "onnx")
+@pytest.mark.parametrize("part", ["onnx", "onnx/decoder_model_merged.onnx", "tokenizer.json", "vlmedge.json"])
+def test_a_part_of_a_bundle(refused, onnx_bundle, monkeypatch, part):
+    """Named from anywhere, it leads to the bundle."""
+    for words in (("run", onnx_bundle / part, *QUESTION), ("inspect", onnx_bundle / part)):
+        assert refused(*words) == f"vlmedge: {words[1]} is not a bundle but part of one; name {onnx_bundle}\n"
+    monkeypatch.chdir(onnx_bundle.parent)
+    line = refused("inspect", f"demo.onnx/{part}")
+    assert line == f"vlmedge: demo.onnx/{part} is not a bundle but part of one; name demo.onnx\n"
+    monkeypatch.chdir(onnx_bundle / "onnx")
+    assert refused("run", ".", *QUESTION) == f"vlmedge: . is not a bundle but part of one; name {onnx_bundle}\n"
+
+
+def test_what_is_in_no_bundle(refused, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "is a file; give the folder" in refused("run", tmp_path / "file", *QUESTION, code=2)
+    for name in ("file", "."):
+        assert "is not a bundle: it has no vlmedge.json" in refused("inspect", tmp_path / name)
+    assert "is not a bundle: there is no such folder" in refused("inspect", tmp_path / "onnx")
+
+
+def test_the_wrong_runtime(refused, onnx_bundle):
+    line = refused("run", onnx_bundle, *QUESTION, "--runtime", "llamacpp", code=2)
+    runs = "the runtime 'llamacpp' runs bundles of the format gguf"
+    assert line == f"vlmedge: {runs}; {onnx_bundle} has the format onnx\n"
+
+
+def test_the_licence_is_that_of_the_models_table(succeed, onnx_bundle):
+    (licence,) = (m["licence"] for m in succeed("models", "--json").data["models"] if m["name"] == "demo:moondream2")
+    assert succeed("inspect", onnx_bundle, "--json").data["licence"] == licence == "Apache-2.0"
+    assert f"licence    {licence}\n" in succeed("inspect", onnx_bundle).out
 
 
 @pytest.mark.parametrize("words", [(), ("--serve", "--no-browser")])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,3 +160,15 @@ def test_saving_where_it_cannot_be(tmp_path, name):
     with pytest.raises(OutputError):
         save(draw(plain(128), [], [], "x"), tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["dir.png"]
+
+
+def test_saving_on_a_read_only_disk(tmp_path, monkeypatch):
+    """Such a disk refuses to write, and then to remove what was not written."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OutputError, match=r"a\.png cannot be written: Read-only file system; choose another place$"):
+        save(draw(plain(128), [], [], "x"), tmp_path / "a.png")

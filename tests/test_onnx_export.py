@@ -288,6 +288,19 @@ def test_a_tied_head_of_standard_operators_is_noted_as_two(tmp_path):
     assert (floats.bytes, floats.note) == (4 * 96 * 64, "")
 
 
+def test_where_a_tied_table_lies_is_told_to_other_apps():
+    """Standard operators read integers in another layout, so that embed_tokens has a table of its own."""
+    spec, table = made_up({"tied_head": True}), "decoder.embed.weight"
+    for flavour, bits, shared in (("ort", 8, True), ("ort", 4, True), ("portable", 16, True), ("portable", 8, False)):
+        scheme = Scheme("float", 16) if bits == 16 else Scheme("int", bits, 32)
+        order = order_of(spec, {table: scheme}, flavour=flavour)
+        weights = [w for w in build(order).store.weights.values() if w.sources == (table,)]
+        assert (len(weights) == 1) == shared
+        stock = " ".join(EXPORTERS["onnx"].notes(order, b"")["stock"])
+        assert ("decoder_model_merged.onnx_data, where transformers.js does not look." in stock) == shared
+        assert ("transformers.js and optimum answer" in stock) == (spec.projector.joins_global and not shared)
+
+
 def test_prefill_has_its_own_layers_and_nothing_else(golden_model):
     folder = golden_model.export("turbo") / "onnx"
     models = graphs(folder)
@@ -370,4 +383,5 @@ def test_notes_say_what_other_apps_get(golden_model):
         assert "onnxruntime" in notes["requires"]
         assert any("other runtimes" in sentence for sentence in notes["stock"]) == (flavour == "ort")
         assert any("crops" in sentence for sentence in notes["stock"])
+        assert not any("does not look" in sentence for sentence in notes["stock"])
     assert EXPORTERS["onnx"].missing() is None

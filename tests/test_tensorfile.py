@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
+import collections
 import contextlib
+import gc
 import json
+import operator
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -203,6 +208,48 @@ def test_files_are_closed_with_their_last_tensor(tmp_path: Path):
     assert len(os.listdir("/proc/self/fd")) == before + 1
     del tensors
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_files_in_a_cycle_are_closed(tmp_path: Path):
+    save_file({"a": torch.ones(3)}, tmp_path / "m.safetensors")
+    gc.collect()  # of other tests
+    before = len(os.listdir("/proc/self/fd"))
+    cycle: dict[str, object] = {"tensors": open_safetensors(tmp_path / "m.safetensors")}
+    cycle["cycle"] = cycle
+    del cycle
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_ctrl_c_while_a_file_is_closed_is_not_lost(tmp_path: Path):
+    """It arrives in the middle of a call that frees tensors: no line of Python runs between the two."""
+    save_file({"a": torch.ones(3)}, tmp_path / "m.safetensors")
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    calls = [_thread.interrupt_main, open_safetensors(tmp_path / "m.safetensors").clear]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collections.deque(map(operator.methodcaller("__call__"), calls), maxlen=0)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+_KEPT = """
+import sys
+from pathlib import Path
+from vlmedge import tensorfile
+sys.modules["os"].kept = tensorfile.open_safetensors(Path(sys.argv[1]))
+"""
+
+
+def test_a_file_that_is_open_at_exit(tmp_path: Path):
+    """Modules are gone by then."""
+    save_file({"a": torch.ones(3)}, tmp_path / "m.safetensors")
+    command = [sys.executable, "-X", "dev", "-c", _KEPT, str(tmp_path / "m.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 _STREAM = """

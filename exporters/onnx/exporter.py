@@ -81,7 +81,7 @@ class OnnxExporter:
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what other libraries get) and `notes`, as sentences."""
         flavour = flavour_of(order.flavour)
-        return {"requires": REQUIRES[flavour], "stock": _stock(order.spec, flavour), "notes": _notes(order)}
+        return {"requires": REQUIRES[flavour], "stock": _stock(order, flavour), "notes": _notes(order)}
 
 
 def _encoding(weight: Weight, source: str, rows: int, spec: ModelSpec) -> Encoding:
@@ -105,15 +105,21 @@ def _role(file: str) -> str:
     return ROLES.get(graph, "heads" if graph.startswith("region") else "vision")
 
 
-def _stock(spec: ModelSpec, flavour: Flavour) -> tuple[str, ...]:
+def _stock(order: Order, flavour: Flavour) -> tuple[str, ...]:
+    from vlmedge.exporters.onnx.files import build
+
     words = ["onnx/ holds vision_encoder, vision_projection, embed_tokens and decoder_model_merged for any ONNX app."]
     if flavour == "ort":
         words.append("They use ONNX Runtime's own operators; other runtimes need --flavour portable.")
-    if spec.projector.joins_global:
+    # A tied table is stored once where both graphs read the same bytes: with the decoder.
+    shared = order.spec.decoder.tied_head and not any(file.startswith("embed_tokens.") for file in build(order).sizes)
+    if shared:
+        where = "decoder_model_merged.onnx_data, where transformers.js does not look"
+        words.append(f"embed_tokens reads its table from {where}.")
+    if order.spec.projector.joins_global:
         words.append("A picture's crops, their stitch_index and pooling matrices are the app's to make: see image.")
-        words.append(
-            "transformers.js and optimum answer to text with the files alone; a picture needs the steps above."
-        )
+        who = "optimum answers" if shared else "transformers.js and optimum answer"
+        words.append(f"{who} to text with the files alone; a picture needs the steps above.")
     return tuple(words)
 
 

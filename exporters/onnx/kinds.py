@@ -77,7 +77,9 @@ def wanted(scheme: Scheme) -> Kind:
     native = scheme.native.get("onnx")
     if native is not None:
         if native not in KINDS:
-            raise UnsupportedError(f"ONNX has no kind '{native}'{nearest(native, KINDS)}; there are {', '.join(KINDS)}")
+            raise UnsupportedError(
+                f"ONNX has no kind '{native}'{nearest(native, KINDS)} (there are {', '.join(KINDS)})"
+            )
         return KINDS[native]
     if scheme.kind == "float":
         return F32 if scheme.bits == 32 else F16

@@ -142,7 +142,13 @@ class Bundle:
 
 def is_bundle(path: Path) -> bool:
     """Does the folder hold a manifest?"""
-    return (path / MANIFEST).is_file()
+    return os.path.isfile(path / MANIFEST)
+
+
+def bundle_around(path: Path) -> Path | None:
+    """The bundle that a file or folder is part of, or None; what does not exist is part of none."""
+    parents = (*path.parents, *path.absolute().parents) if os.path.exists(path) else ()
+    return next((parent for parent in parents if is_bundle(parent)), None)
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
@@ -174,6 +180,9 @@ def _manifest_data(folder: Path) -> Any:
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        around = bundle_around(folder)
+        if around is not None:
+            raise BundleError(f"{folder} is not a bundle but part of one; name {around}") from None
         what = f"it has no {MANIFEST}" if folder.exists() else "there is no such folder"
         raise BundleError(f"{folder} is not a bundle: {what}") from None
     except OSError as error:

@@ -6,6 +6,7 @@ import io
 import os
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image as Pillow
@@ -63,8 +64,10 @@ def save(image: Pillow.Image, path: Path) -> None:
         part.write_bytes(data.getbuffer())
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+    finally:
+        with suppress(OSError):  # a read-only disk refuses to remove even what is not there
+            part.unlink(missing_ok=True)
 
 
 def _format(path: Path) -> str:

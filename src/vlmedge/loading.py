@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from vlmedge.bundle import Bundle, is_bundle, open_bundle
+from vlmedge.bundle import Bundle, bundle_around, is_bundle, open_bundle
 from vlmedge.checkpoint import Checkpoint
 from vlmedge.errors import RuntimeFailedError, UsageError
 from vlmedge.families import Family, family_of, known_models
@@ -94,9 +94,14 @@ def load(
 
 
 def names_bundle(source: SourceLike) -> bool:
-    """Tell whether `load` takes it for a bundle; a folder that is neither is taken for a damaged one."""
-    folder = Path(source)
-    return is_bundle(folder) or (folder.is_dir() and not (folder / "config.json").is_file())
+    """Tell whether `load` takes it for a bundle.
+
+    A folder that is neither is taken for a damaged one, a file inside a bundle for a wrong name of it.
+    """
+    path = Path(source)
+    if os.path.isfile(path):
+        return bundle_around(path) is not None
+    return is_bundle(path) or (os.path.isdir(path) and not os.path.isfile(path / "config.json"))
 
 
 def open_original(
@@ -143,7 +148,8 @@ def open_model(
     chosen = runtime or _runtime_for(manifest.format)
     entry = RUNTIMES[chosen]
     if entry.loads != manifest.format:
-        raise UsageError(f"the runtime '{chosen}' runs {entry.loads}, {bundle.path} is a {manifest.format} bundle")
+        runs = "checkpoints" if entry.loads == "checkpoint" else f"bundles of the format {entry.loads}"
+        raise UsageError(f"the runtime '{chosen}' runs {runs}; {bundle.path} has the format {manifest.format}")
     missing = entry.missing()
     if missing is not None:
         raise RuntimeFailedError(f"{bundle.path} cannot be run here: {missing}")

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlmedge.errors import OutputError
@@ -21,9 +21,11 @@ except ImportError:  # Windows
 def staged(out: Path, needed: int) -> Iterator[Path]:
     """A hidden sibling folder that becomes `out` when the block ends well, and vanishes when it does not.
 
+    Parents that are missing are made, and vanish with it.
     Raises OutputError where `out` exists, its parent cannot be written, or the disk has less than `needed` bytes.
     """
     part, lock = out.parent / f".{out.name}.partial", None
+    made = [parent for parent in out.parents if not os.path.lexists(parent)]
     try:
         if out.exists() or out.is_symlink():
             raise OutputError(f"{out} exists; remove it or choose another --out")
@@ -31,7 +33,10 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         lock = _claim(part, out)
         free = shutil.disk_usage(part).free
         if free < needed:
-            raise OutputError(f"{out.parent} has {free / 1e6:,.1f} MB free, the export needs {needed / 1e6:,.1f} MB")
+            raise OutputError(
+                f"{out.parent} has {free / 1e6:,.1f} MB free, the export needs {needed / 1e6:,.1f} MB; "
+                "free some space or choose another --out"
+            )
         yield part
         for file in sorted(part.rglob("*")):
             _sync(file)
@@ -43,6 +48,9 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         if lock is not None:
             shutil.rmtree(part, ignore_errors=True)
             lock.close()
+        for parent in made:  # nearest first; a folder with something in it, like `out`, cannot be removed
+            with suppress(OSError):
+                parent.rmdir()
 
 
 class _Lock:
@@ -83,18 +91,23 @@ def _output_error(out: Path, error: OSError) -> OutputError:
         return OutputError(f"the disk of {out.parent} is full; free some space or choose another --out")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{out.parent} cannot be written: {os.strerror(error.errno)}; choose another --out")
-    return OutputError(f"{out} cannot be written: {error}")
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        files = (parent for parent in out.parents if os.path.lexists(parent) and not os.path.isdir(parent))
+        reason = next((f"{file} is not a folder" for file in files), reason)
+    return OutputError(f"{out} cannot be written: {reason}; choose another --out")
 
 
 def _sync(path: Path) -> None:
     """Flush a file or folder to disk, so that the rename never outlives the data."""
-    if path.is_dir() and os.name == "nt":
+    folder = path.is_dir()
+    if folder and os.name == "nt":
         return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes no file that is open for reading
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or path.is_file():  # some network disks sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not folder:  # some network disks sync no folders
             raise
     finally:
         os.close(handle)

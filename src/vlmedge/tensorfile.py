@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import stat
 import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,7 @@ class OpenFile:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}") from None
+        _close_with(self, self._fd)
         self.size = os.fstat(self._fd).st_size
 
     def read(self, offset: int, count: int) -> bytearray:
@@ -96,11 +101,26 @@ class OpenFile:
         view[: len(data)] = data
         return len(data)
 
-    def __del__(self) -> None:
-        """Close the descriptor."""
-        fd = getattr(self, "_fd", None)
-        if fd is not None:
-            os.close(fd)
+
+class _Closing(weakref.ref[OpenFile]):
+    """Closes the descriptor of a file that is gone."""
+
+    __slots__ = ("close",)
+    close: Callable[[], None]
+
+
+# By descriptor: one that is given out again takes the place of its dead predecessor.
+_CLOSING: dict[int, _Closing] = {}
+
+
+def _close_with(file: OpenFile, fd: int) -> None:
+    """Close a descriptor when the last reference to its file goes; what is open at exit, the system closes.
+
+    No line of Python runs then: a Ctrl-C that arrives in `__del__` or in a callback is printed and lost.
+    """
+    closing = _Closing(file, operator.methodcaller("close"))
+    closing.close = partial(os.close, fd)
+    _CLOSING[fd] = closing
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:

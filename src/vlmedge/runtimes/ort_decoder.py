@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmedge.errors import BundleError, ContextError, UnsupportedError
 from vlmedge.runtimes import Memory
+from vlmedge.runtimes.huge_pages import Weights
 from vlmedge.runtimes.ort_engine import InferenceSession
 from vlmedge.runtimes.ort_errors import computing, loading
 from vlmedge.runtimes.ort_kv import GrowingKv, KvCache, SharedKv, Slot, slots_of
@@ -16,6 +17,7 @@ from vlmedge.session import F32, Step
 from vlmedge.spec import DecoderSpec
 
 DECODER, PREFILL = "decoder_model_merged.onnx", "decoder_prefill.onnx"
+_LONG_TALK = 100  # words of a session after which huge pages pay for themselves
 _PREFILL_OVER = 8  # positions of a call up to which the decoder's own weights are faster than the prefill's
 
 
@@ -36,7 +38,9 @@ class Decoder:
         """
         self._spec = spec
         path, prefill = folder / DECODER, folder / PREFILL
-        session = opener.open(path, spinning=True)
+        self._weights, self._talked = Weights(), 0
+        with self._weights.watched():
+            session = opener.open(path, spinning=True)
         slots = _checked_slots(session, path, spec)
         self.properties: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
         self._kv = self._cache(slots)
@@ -66,6 +70,9 @@ class Decoder:
         prefix = start + n if bidirectional else 0
         step = graph.run(x, start, prefix=prefix, hidden=hidden, every=every)
         self.position = start + n
+        self._talked += n == 1
+        if self._talked == _LONG_TALK:
+            self._weights.collapse()
         return step
 
     def check(self, n: int) -> None:

@@ -73,7 +73,10 @@ class PrepackedGraphs:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
-            raise OutputError(f"{self.folder} cannot keep the graphs that memory='lean' maps: {error}") from error
+            raise OutputError(
+                f"{self.folder} cannot keep the graphs that memory='lean' maps: {error.strerror or error}; "
+                "leave memory='fast', or choose another folder for caches (on Linux by XDG_CACHE_HOME)"
+            ) from error
 
     def _save(self, path: Path, target: Path) -> InferenceSession:
         """Open a graph once, to save it. ONNX Runtime has one error for a damaged graph and for a full disk."""
