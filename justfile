@@ -30,6 +30,7 @@ bench:
     {{python}} benchmarks/startup.py
     {{python}} benchmarks/export_size.py --work /tmp/vlmedge-size
     {{python}} benchmarks/runtime_overhead.py
+    {{python}} benchmarks/onnx_speed.py
 
 fix:
     {{python}} -m ruff format .

@@ -111,7 +111,7 @@ class Bench:
 
     def bundle(self, format: str, profile: str, shallow: bool = False) -> str:
         """An export's folder, written where it is not there yet."""
-        folder = self.folder / f"{format}-{profile}{'-shallow' if shallow else ''}"
+        folder = self.folder / f"{format}-{profile.replace(':', '-')}{'-shallow' if shallow else ''}"
         if not folder.is_dir():
             say(f"exporting {folder.name}")
             model = open_random(self.folder / "moondream2")
@@ -163,9 +163,9 @@ def measure_words(bench: Bench) -> Stage:
     """Prefill and decode of all profiles, and the memory's ceiling."""
     stage: Stage = {}
     tokens = {"tokens": bench.args.tokens}
-    ways = {profile: bench.open(profile, "Onnx", folder=bench.bundle("onnx", profile)) for profile in ONNX}
+    ways = {profile: bench.open(profile, "Onnx", folder=bench.bundle("onnx", profile)) for profile in bench.args.onnx}
     requests: dict[str, tuple[str, Reply]] = {f"ORT {name}": (name, {}) for name in ways}
-    for profile in GGUF:
+    for profile in bench.args.gguf:
         opened = bench.open(f"llama.cpp {profile}", "Llama", folder=bench.bundle("gguf", profile))
         requests |= {f"{opened}, flash {'on' if f else 'off'}": (opened, {"flash": f}) for f in (0, 1)}
     for name, (opened, words) in requests.items():
@@ -366,6 +366,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("layers", 24), ("width", 2048), ("vision-layers", 27), ("vision-width", 1152)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--onnx", nargs="+", default=ONNX, help="profiles for words, PROFILE or PROFILE:FLAVOUR")
+    parser.add_argument("--gguf", nargs="+", default=GGUF, help="llama.cpp's profiles for words")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", default=",".join(STAGES))
@@ -386,7 +388,7 @@ def main() -> None:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     found = run(Bench(args, size, folder, stages))
     options = {"size": [args.layers, args.width, args.vision_layers, args.vision_width]}
-    options |= {name: getattr(args, name) for name in ("tokens", "rounds", "threads", "calm")}
+    options |= {name: getattr(args, name) for name in ("onnx", "gguf", "tokens", "rounds", "threads", "calm")}
     print(
         json.dumps({"benchmark": "onnx_speed", "started": started} | options | {"machine": machine(), "stages": found})
     )

@@ -75,10 +75,11 @@ class Random:
     tokenizer: bytes = field(repr=False)
 
     def export(self, format: str, profile: str, folder: Path, threads: int) -> None:
-        """Write an exporter's files into a new folder; no manifest, no self-test."""
+        """Write an exporter's files into a new folder; no manifest, no self-test. `profile` may be PROFILE:FLAVOUR."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        order = choose(format, profile).order(self.spec)
+        profile, _, flavour = profile.partition(":")
+        order = choose(format, profile, flavour or None).order(self.spec)
         EXPORTERS[format].write(ExportJob(order, self.tensors, self.tokenizer, "random", folder, threads))
 
     def exported(self, format: str, profile: str, folder: Path, threads: int) -> Path:

@@ -21,7 +21,7 @@ from vlmedge.spec import Text
 
 PICTURES = Path(attention.__file__).parent / "pictures"
 QUESTION = "How many shapes do you see?"
-PROFILES = ("f32", "w8a8", "q4")
+PROFILES = ("f32", "w8a8", "w8a8-kv8", "q4")
 
 
 @pytest.fixture(scope="module")
