@@ -19,9 +19,9 @@ from PIL import Image
 
 from vlmedge.checkpoint import open_folder
 from vlmedge.errors import CheckpointError, RuntimeFailedError, UnsupportedError
-from vlmedge.exporters import EXPORTERS, ExportJob, Written
+from vlmedge.exporters import EXPORTERS, ExportJob, Written, passing
 from vlmedge.exporters.choice import choose
-from vlmedge.exporters.gguf import layout, quantizer, stream
+from vlmedge.exporters.gguf import layout, quantizer
 from vlmedge.exporters.gguf.ggml import TYPES, fitting, wanted
 from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.exporters.gguf.vocabulary import CONTROL, NORMAL, UNUSED, read_vocabulary
@@ -172,7 +172,7 @@ def test_a_system_without_pwrite_gives_the_same_bytes(model: Model, tmp_path: Pa
 
 
 def test_blocks_of_rows_give_the_bytes_of_whole_tensors(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stream, "UNIT", 1000)
+    monkeypatch.setattr(passing, "UNIT", 1000)
     EXPORTERS["gguf"].write(model.job("q4", tmp_path))
     for file in (TEXT, MMPROJ, HEADS):
         assert (tmp_path / file).read_bytes() == (model.export("q4") / file).read_bytes()
@@ -393,7 +393,7 @@ def test_memory_is_bounded_by_blocks_of_rows(model: Model, tmp_path: Path):
     tensors = {**model.tensors, **{name: Watched(np.zeros(shape, np.float32)) for name, shape in big.items()}}
     job = replace(with_order(model.job("q8", tmp_path), spec=spec), tensors=tensors)
     EXPORTERS["gguf"].write(job)
-    assert 0 < largest[0] <= stream.UNIT
+    assert 0 < largest[0] <= passing.UNIT
 
 
 STOCK = """

@@ -26,7 +26,7 @@ from tests.onnx_tools import (
     random_tensors,
     relative,
 )
-from vlmedge.exporters import EXPORTERS, ExportJob, Order
+from vlmedge.exporters import EXPORTERS, ExportJob, Order, passing
 from vlmedge.exporters.choice import choose
 from vlmedge.exporters.onnx import stream
 from vlmedge.exporters.onnx.files import build
@@ -333,7 +333,7 @@ def test_the_same_input_gives_the_same_bytes(golden_model, tmp_path, profile, fl
 @pytest.mark.parametrize("profile", ["f16", "q8", "w8a8"])
 def test_blocks_of_rows_give_the_bytes_of_whole_tensors(golden_model, tmp_path, monkeypatch, profile, flavour):
     """At 4 bits the search adds up errors in an order that depends on the block, and ties fall either way."""
-    monkeypatch.setattr(stream, "UNIT", 1000)
+    monkeypatch.setattr(passing, "UNIT", 1000)
     EXPORTERS["onnx"].write(golden_model.job(golden_model.order(profile, flavour), tmp_path))
     assert contents(tmp_path) == contents(golden_model.export(profile, flavour))
 
@@ -363,7 +363,7 @@ def test_each_tensor_is_read_once_in_blocks_and_told(golden_model, tmp_path):
     order = order_of(spec, plan(load_profile("turbo"), spec))
     EXPORTERS["onnx"].write(job_of(order, tensors, tmp_path, progress=lambda name, n: seen.append((name, n))))
     assert reads == {name: tensor.size for name, tensor in tensors.items()}
-    assert 0 < largest[0] <= stream.UNIT
+    assert 0 < largest[0] <= passing.UNIT
     assert seen == [(name, tensor.size) for name, tensor in tensors.items()]
 
 

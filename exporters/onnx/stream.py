@@ -1,13 +1,11 @@
-"""One pass over the checkpoint: threads read rows, encode them and write them into their places in the data files."""
+"""Rows of every tensor to their places in the data files, encoded as they pass."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +14,14 @@ import numpy.typing as npt
 from vlmedge.errors import CheckpointError
 from vlmedge.exporters.base import ExportJob
 from vlmedge.exporters.onnx.files import FOLDER, Built
-from vlmedge.exporters.onnx.kv_scales import Observer, observers, scales_of
+from vlmedge.exporters.onnx.kv_scales import observers, scales_of
 from vlmedge.exporters.onnx.packing import block_rows, nibbles, signed
 from vlmedge.exporters.onnx.store import Section, Weight
+from vlmedge.exporters.passing import F16_MAX, pass_over
 from vlmedge.quant_profiles.grids import Codes, encode
 from vlmedge.session import F32, U8
 from vlmedge.tensors import Tensor
 
-UNIT = 1 << 20  # elements that a thread reads, encodes and writes at a time: about 12 MB of buffers
-F16_MAX = 65504.0
 _POSITIONAL = hasattr(os, "pwrite")  # Windows has none
 _MODE = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
 
@@ -135,21 +132,16 @@ def write_data(job: ExportJob, built: Built) -> None:
     """
     scales = tuple(built.store.kv_scales.values())
     watching = observers(job.order.spec.decoder, job.tensors, scales)
-    with ExitStack() as stack:
-        files = DataFiles(job.out / FOLDER, built.sizes)
-        stack.callback(files.close)
+    with closing(DataFiles(job.out / FOLDER, built.sizes)) as files:
         readers = _readers(built, files)
-        # One thread more than cores, so that a read or write that waits leaves no core idle.
-        pool = ThreadPoolExecutor(max(1, job.threads) + 1, thread_name_prefix="vlmedge-export")
-        stack.callback(partial(pool.shutdown, cancel_futures=True))
-        work: list[tuple[str, int, list[Future[None]]]] = []
-        for name, tensor in job.tensors.items():
-            one = partial(_unit, name, tensor, readers.get(name, []), watching.get(name))
-            work.append((name, tensor.size, [pool.submit(one, start, stop) for start, stop in _units(tensor)]))
-        for name, size, futures in work:
-            for future in futures:
-                future.result()
-            job.progress(name, size)
+
+        def take(name: str, _: Tensor, start: int, rows: F32) -> None:
+            if name in watching:
+                watching[name].see(start, rows)
+            for put, base in readers.get(name, []):
+                _put(put, name, base + start, rows)
+
+        pass_over(job, take)
         for scale in scales:
             seen = watching[f"decoder.layers.{scale.layer}.attn.{scale.part}.weight"]
             files.write(scale.section, 0, scales_of(job.order.spec.decoder, scale.part, seen))
@@ -165,28 +157,11 @@ def _readers(built: Built, files: DataFiles) -> dict[str, list[tuple[Put, int]]]
     return out
 
 
-def _units(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, UNIT // max(1, tensor.columns))
-    return ((start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step))
-
-
-def _unit(
-    name: str, tensor: Tensor, takers: list[tuple[Put, int]], watch: Observer | None, start: int, stop: int
-) -> None:
-    """Read rows once, and give them to everybody who stores them."""
+def _put(put: Put, name: str, at: int, rows: F32) -> None:
     try:
-        rows = tensor.read_rows(start, stop)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {name}: {error.strerror}") from None
-    if not np.isfinite(rows).all():
-        raise CheckpointError(f"{name} has NaN or infinite values in rows {start} to {stop}; it cannot be exported")
-    if watch is not None:
-        watch.see(start, rows)
-    for put, base in takers:
-        try:
-            put(base + start, rows)
-        except CheckpointError as error:  # of values that the kind cannot hold
-            raise CheckpointError(f"{name}: {error}") from None
+        put(at, rows)
+    except CheckpointError as error:  # of values that the kind cannot hold
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def _halves(rows: F32) -> npt.NDArray[np.float16]:
