@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,3 +140,18 @@ class Forgery:
 @pytest.fixture
 def forgery(tmp_path) -> Forgery:
     return Forgery(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let the disk take so many writes, and be full then."""
+    left, pwrite = [0], os.pwrite
+
+    def write(fd: int, data: bytes, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    return lambda n: left.__setitem__(0, n)

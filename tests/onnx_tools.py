@@ -14,6 +14,7 @@ import onnxruntime
 
 from vlmedge.exporters import EXPORTERS, ExportJob, Order
 from vlmedge.exporters.onnx.files import FOLDER
+from vlmedge.exporters.onnx.kinds import Kind
 from vlmedge.quant_profiles import Scheme
 from vlmedge.session import F32
 from vlmedge.spec import (
@@ -166,3 +167,12 @@ def stored(folder: Path, place: Place, dtype: npt.DTypeLike, shape: Sequence[int
     """Read stored bytes as an array."""
     raw = (folder / place.file).read_bytes()[place.offset : place.offset + place.length]
     return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def row_bytes(kind: Kind, columns: int) -> int:
+    """Bytes of one row of a matrix with all that belongs to it, counted apart from the exporter."""
+    groups = kind.groups(columns)
+    codes = (groups * kind.block if kind.block else columns) * kind.bits // 8  # a last short block is stored whole
+    if kind.floating:
+        return codes
+    return codes + groups * (2 if kind.block else 4) + kind.zero_bytes(columns)

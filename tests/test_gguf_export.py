@@ -345,21 +345,6 @@ def test_weights_that_cannot_be_stored_are_named(model: Model, tmp_path: Path, v
         EXPORTERS["gguf"].write(job)
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the disk take so many writes, and be full then."""
-    left, pwrite = [0], os.pwrite
-
-    def write(fd: int, data: bytes, offset: int) -> int:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", write)
-    return lambda n: left.__setitem__(0, n)
-
-
 @pytest.mark.parametrize("writes", [0, 100])
 def test_a_full_disk_stops_it(model: Model, tmp_path: Path, full_disk: Callable[[int], None], writes: int):
     full_disk(writes)

@@ -25,6 +25,7 @@ from tests.onnx_tools import (
     places,
     random_tensors,
     relative,
+    row_bytes,
 )
 from vlmedge.exporters import EXPORTERS, ExportJob, Order, passing
 from vlmedge.exporters.choice import choose
@@ -269,7 +270,7 @@ def test_a_tied_head_is_stored_once(tmp_path):
         assert seen[0] == seen[1]
         assert {p.file for p in seen[0]} == {"decoder_model_merged.onnx_data"}
         encoding = EXPORTERS["onnx"].encodings(order)[table]
-        assert sum(p.length for p in seen[0]) == encoding.bytes == 96 * KINDS[encoding.type].row_bytes(64)
+        assert sum(p.length for p in seen[0]) == encoding.bytes == 96 * row_bytes(KINDS[encoding.type], 64)
         assert bool(encoding.note) == (scheme.activations > 0)
         session, ids = OnnxSession(spec, out, threads=1), np.arange(20, dtype=np.int32)
         rows = session.embed(np.arange(96, dtype=np.int32))
@@ -282,7 +283,7 @@ def test_a_tied_head_of_standard_operators_is_noted_as_two(tmp_path):
     spec = made_up({"tied_head": True})
     order = order_of(spec, {"decoder.embed.weight": Scheme("int", 8, 32)}, flavour="portable")
     encoding = EXPORTERS["onnx"].encodings(order)["decoder.embed.weight"]
-    assert encoding.bytes == 2 * 96 * KINDS["int8_32"].row_bytes(64)
+    assert encoding.bytes == 2 * 96 * row_bytes(KINDS["int8_32"], 64)
     assert "also as int8_32 in onnx/embed_tokens.onnx_data" in encoding.note
     floats = EXPORTERS["onnx"].encodings(order_of(spec, flavour="portable"))["decoder.embed.weight"]
     assert (floats.bytes, floats.note) == (4 * 96 * 64, "")

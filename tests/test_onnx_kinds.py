@@ -23,6 +23,7 @@ from tests.onnx_tools import (
     opened,
     order_of,
     relative,
+    row_bytes,
     run,
     stored,
 )
@@ -181,7 +182,7 @@ def test_schemes_have_kinds():
 def test_bytes_of_a_row_are_those_that_are_stored(kind, columns):
     store = Store({"a.weight": (6, columns)})
     weight = store.weight("g", ("a.weight",), kind)
-    assert sum(section.bytes for section in weight.sections.values()) == 6 * kind.row_bytes(columns)
+    assert sum(section.bytes for section in weight.sections.values()) == 6 * row_bytes(kind, columns)
 
 
 def ours_and_ggufs(tmp_path: Path, profile: str, kind: str) -> dict[str, tuple[Codes, Array, Array]]:

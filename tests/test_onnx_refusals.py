@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,21 +61,6 @@ def test_weights_that_cannot_be_stored_are_named(tmp_path, flavour, name, value,
     assert str(error.value).startswith(name)
     assert text in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.fixture
-def full_disk(monkeypatch) -> Callable[[int], None]:
-    """Let the disk take so many writes of data, and be full then."""
-    left, pwrite = [0], os.pwrite
-
-    def write(fd: int, data: bytes, offset: int) -> int:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(fd, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", write)
-    return lambda n: left.__setitem__(0, n)
 
 
 @pytest.mark.parametrize("writes", [0, 40])

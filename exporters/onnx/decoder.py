@@ -5,12 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from vlmedge.exporters.onnx.attention import Kv, Place, attention, place
-from vlmedge.exporters.onnx.graph import F32, I64, Graph
+from vlmedge.exporters.onnx.graph import F32, I64, TO_THE_END, Graph
 from vlmedge.exporters.onnx.linear import embedding, linear, product, table_kind
 from vlmedge.exporters.onnx.pointwise import mlp, norm
 from vlmedge.spec import DecoderSpec
-
-_TO_THE_END = 2**62
 
 
 def embed_tokens(g: Graph, spec: DecoderSpec) -> None:
@@ -58,10 +56,10 @@ def _layer(g: Graph, spec: DecoderSpec, x: ir.Value, i: int, kv: Kv, at: Place) 
 def _last_rows(g: Graph, spec: DecoderSpec, x: ir.Value, keep: ir.Value) -> None:
     """Logits of the rows that were asked for: all others are cut off before the norm and the head."""
     start = g.node("Unsqueeze", g.node("Neg", keep), g.i64(0))
-    rows = g.node("Slice", x, start, g.i64(_TO_THE_END), g.i64(0))
+    rows = g.node("Slice", x, start, g.i64(TO_THE_END), g.i64(0))
     normed = norm(g, rows, "decoder.norm", spec.norm, spec.norm_eps)
     logits = g.node("Unsqueeze", _head(g, spec, normed), g.i64(0))
-    last = g.node("Slice", x, g.i64(-1), g.i64(_TO_THE_END), g.i64(0))
+    last = g.node("Slice", x, g.i64(-1), g.i64(TO_THE_END), g.i64(0))
     g.output(logits, "logits", F32, (1, "num_logits", spec.vocab))
     g.output(g.node("Unsqueeze", last, g.i64(0)), "hidden", F32, (1, 1, spec.width))
 

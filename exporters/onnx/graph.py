@@ -18,7 +18,8 @@ from vlmedge.exporters.onnx.store import Section, Store
 OPSETS: dict[Flavour, dict[str, int]] = {"ort": {"": 21, "com.microsoft": 1}, "portable": {"": 23}}
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
-F32, I64, I32, I8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8
+F32, I64, I8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.INT8
+TO_THE_END = 2**62  # as the end of a Slice
 Dim = int | str
 
 

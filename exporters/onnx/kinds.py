@@ -9,8 +9,6 @@ from vlmedge.errors import UnsupportedError, nearest
 from vlmedge.quant_profiles import Scheme
 from vlmedge.quant_profiles.grids import Grid
 
-_F16_SCALE, _F32_SCALE = 2, 4
-
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -39,21 +37,9 @@ class Kind:
         """Scales of one row."""
         return -(-columns // self.block) if self.block else 1
 
-    def code_bytes(self, columns: int) -> int:
-        """Bytes of one row's codes (of its floats, where it is floating); a last short block is stored whole."""
-        padded = self.groups(columns) * self.block if self.block else columns
-        return padded * self.bits // 8
-
     def zero_bytes(self, columns: int) -> int:
         """Bytes of one row's packed zero points."""
         return 0 if self.symmetric else math.ceil(self.groups(columns) * self.bits / 8)
-
-    def row_bytes(self, columns: int) -> int:
-        """Bytes of one row with all that belongs to it."""
-        if self.floating:
-            return self.code_bytes(columns)
-        scales = self.groups(columns) * (_F16_SCALE if self.block else _F32_SCALE)
-        return self.code_bytes(columns) + scales + self.zero_bytes(columns)
 
 
 KINDS = {

@@ -101,17 +101,17 @@ def table_kind(g: Graph, source: str) -> tuple[Kind, str]:
 
 def _floats(g: Graph, weight: Weight) -> ir.Value:
     values = g.load(weight.sections["values"])
-    return values if weight.kind.bits == 32 else _once(g, "f32", values)
+    return values if weight.kind.bits == 32 else _as_f32(g, values)
 
 
 def _scales(g: Graph, weight: Weight) -> ir.Value:
     """Scales as f32; the runtime folds the cast when it loads the model, so halves cost nothing."""
     scales = g.load(weight.sections["scales"])
-    return scales if not weight.kind.block else _once(g, "f32", scales)
+    return scales if not weight.kind.block else _as_f32(g, scales)
 
 
-def _once(g: Graph, what: str, value: ir.Value) -> ir.Value:
-    key = (what, value.name)
+def _as_f32(g: Graph, value: ir.Value) -> ir.Value:
+    key = ("f32", value.name)
     if key not in g.memo:
         g.memo[key] = g.node("Cast", value, to=F32.value)
     return g.memo[key]

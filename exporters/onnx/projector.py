@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from vlmedge.exporters.onnx.graph import F32, I64, Graph
+from vlmedge.exporters.onnx.graph import F32, I64, TO_THE_END, Graph
 from vlmedge.exporters.onnx.pointwise import mlp
 from vlmedge.spec import ModelSpec
 
@@ -32,7 +32,7 @@ def _joined(g: Graph, spec: ModelSpec, features: ir.Value) -> ir.Value:
     across = g.input("pool_columns", F32, (side, "grid_columns"))
     crops = g.reshape(features, -1, vision.width)
     whole = g.node("Slice", crops, g.i64(0), g.i64(vision.tokens), g.i64(0))
-    local = g.node("Slice", crops, g.i64(vision.tokens), g.i64(2**62), g.i64(0))
+    local = g.node("Slice", crops, g.i64(vision.tokens), g.i64(TO_THE_END), g.i64(0))
     grid = g.node("Gather", local, index, axis=0)
     # [side, rows] x [rows, columns * width], then [side, columns] x [side, columns, width]
     flat = g.node("Reshape", grid, g.node("Concat", g.node("Shape", grid, start=0, end=1), g.i64(-1), axis=0))

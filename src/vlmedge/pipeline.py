@@ -26,13 +26,12 @@ from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 from vlmedge.quant_profiles import QuantProfile, hints
-from vlmedge.sources import DEMO
+from vlmedge.sources import DEMO, DEMO_LICENCE
 from vlmedge.spec import Shape
 from vlmedge.staging import staged
 
 SELFTEST = "selftest.json"
 TOKENIZER = "tokenizer.json"
-_OWN_LICENCE = "Apache-2.0"  # of the demo checkpoints, which vlmedge trained: the same as its code
 _OVERHEAD = 1.02  # headers, tokenizer and self-test beside the weights
 
 
@@ -143,7 +142,7 @@ def _tell_hints(rules: QuantProfile, found: Described, progress: Progress) -> No
 
 def _about(found: Described) -> dict[str, str]:
     source = found.checkpoint.source
-    own = _OWN_LICENCE if source.label.startswith(DEMO) else ""
+    own = DEMO_LICENCE if source.label.startswith(DEMO) else ""
     licence = next((m.licence for m in found.family.models if m.repo == source.repo), own)
     facts = {"repo": source.repo, "revision": source.revision, "commit": source.commit, "licence": licence}
     return {key: value for key, value in facts.items() if value}

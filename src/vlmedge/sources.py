@@ -12,6 +12,7 @@ from vlmedge.errors import UsageError, nearest
 from vlmedge.hub import Notice, fetch_file, fetch_folder, is_hub_id
 
 DEMO = "demo:"
+DEMO_LICENCE = "Apache-2.0"  # of the checkpoints that vlmedge trained itself: the same as its code
 DEFAULT_REVISION = "main"
 BUNDLE_FILE = "vlmedge.json"
 

@@ -13,6 +13,7 @@ def command(as_json: bool) -> None:
     """List the models that can be named; any hub id or folder of their families works too."""
     from vlmedge.demo import demo_names
     from vlmedge.families import FAMILIES
+    from vlmedge.sources import DEMO_LICENCE
 
     rows = [
         (m.name, family.name, m.repo, m.revision, m.licence, m.summary)
@@ -20,7 +21,7 @@ def command(as_json: bool) -> None:
         for m in family.models
     ]
     rows += [
-        (f"demo:{name}", name, "shipped", "", "Apache-2.0", "tiny, trained by vlmedge itself") for name in demo_names()
+        (f"demo:{name}", name, "shipped", "", DEMO_LICENCE, "tiny, trained by vlmedge itself") for name in demo_names()
     ]
     if as_json:
         keys = ("name", "family", "repo", "revision", "licence", "summary")
