@@ -164,6 +164,7 @@ def measure_words(bench: Bench) -> Stage:
     stage: Stage = {}
     tokens = {"tokens": bench.args.tokens}
     ways = {profile: bench.open(profile, "Onnx", folder=bench.bundle("onnx", profile)) for profile in bench.args.onnx}
+    talk = {"talk": bench.args.talk}
     requests: dict[str, tuple[str, Reply]] = {f"ORT {name}": (name, {}) for name in ways}
     for profile in bench.args.gguf:
         opened = bench.open(f"llama.cpp {profile}", "Llama", folder=bench.bundle("gguf", profile))
@@ -172,7 +173,9 @@ def measure_words(bench: Bench) -> Stage:
         if "prefill" in bench.stages:
             stage[f"prefill {name}"] = Variant(opened, {"do": "prefill"} | words)
         if "decode" in bench.stages:
-            stage[f"decode {name}"] = Variant(opened, {"do": "decode"} | tokens | words)
+            stage[f"decode {name}"] = Variant(
+                opened, {"do": "decode"} | tokens | words | (talk if opened in ways else {})
+            )
     stage["read"] = Variant(bench.open("read", "Memory"), {"do": "read"})
     bench.rounds("words", stage, bench.args.rounds)
     bench.close()
@@ -368,6 +371,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--onnx", nargs="+", default=ONNX, help="profiles for words, PROFILE or PROFILE:FLAVOUR")
     parser.add_argument("--gguf", nargs="+", default=GGUF, help="llama.cpp's profiles for words")
+    parser.add_argument("--talk", type=int, default=160, help="words of our sessions before words are timed")
     parser.add_argument("--tokens", type=int, default=16, help="decoded in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stages", default=",".join(STAGES))
@@ -388,7 +392,7 @@ def main() -> None:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     found = run(Bench(args, size, folder, stages))
     options = {"size": [args.layers, args.width, args.vision_layers, args.vision_width]}
-    options |= {name: getattr(args, name) for name in ("onnx", "gguf", "tokens", "rounds", "threads", "calm")}
+    options |= {name: getattr(args, name) for name in ("onnx", "gguf", "talk", "tokens", "rounds", "threads", "calm")}
     print(
         json.dumps({"benchmark": "onnx_speed", "started": started} | options | {"machine": machine(), "stages": found})
     )

@@ -22,7 +22,6 @@ from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32, I32, Session, Step
 from vlmedge.skills import Model
 
-TALK = 160  # words before words are timed
 PROMPT = 20  # causal positions behind the picture
 READ = 1_500_000_000  # bytes of a streaming read: several times any cache
 Reply = dict[str, Any]
@@ -61,12 +60,12 @@ class Opened:
         self.session.forward(self.rows[:-PROMPT], bidirectional=True)
         self.session.forward(self.rows[-PROMPT:])
 
-    def decode(self, tokens: int) -> Reply:
-        """Seconds of each token, chosen greedily, behind picture and prompt."""
+    def decode(self, tokens: int, talk: int) -> Reply:
+        """Seconds of each token, chosen greedily, behind picture and prompt; `talk` others come first, once."""
         if self.session.position < len(self.rows):
             self.prefill()
         token: I32 = np.array([7], np.int32)
-        while self.talked < TALK:  # a session that talks at length has its weights in huge pages (huge_pages.py)
+        while self.talked < talk:  # a session that talks at length has its weights in huge pages (huge_pages.py)
             self._next(token)
             self.talked += 1
         self.session.rewind(len(self.rows))
