@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmedge.exporters.base import MAX_PART, Encoding, Exporter, ExportJob, Order, Written
+from vlmedge.exporters.base import MAX_PART, Encoding, Exporter, ExportJob, Grain, Order, Readback, Written
 from vlmedge.registry import Registry
 
 EXPORTERS: Registry[Exporter] = Registry(
@@ -13,4 +13,14 @@ EXPORTERS: Registry[Exporter] = Registry(
     },
 )
 
-__all__ = ["EXPORTERS", "MAX_PART", "Encoding", "ExportJob", "Exporter", "Order", "Written"]
+__all__ = [
+    "EXPORTERS",
+    "MAX_PART",
+    "Encoding",
+    "ExportJob",
+    "Exporter",
+    "Grain",
+    "Order",
+    "Readback",
+    "Written",
+]

@@ -80,6 +80,33 @@ class Written:
     role: str
 
 
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How finely a stored matrix follows what it was made of: `bits` per value, 16 and 32 being floats.
+
+    `group`: neighbours of a row that share one scale (0: the whole row does). Where scales are themselves rounded in
+    larger groups, the larger one. `pieces`: stored arrays whose errors add up in each value.
+    """
+
+    bits: int
+    group: int = 0
+    pieces: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Readback:
+    """What an export's files hold, in canonical words: verification compares it with the checkpoint.
+
+    `tensors`: every canonical tensor, dequantized as it is read (`NAME#prefill` for a second copy); `grains` of the
+    same names. `facts`: dotted path into the ModelSpec ("decoder.norm_eps") -> the value that the files state; a
+    format whose files state nothing has none.
+    """
+
+    tensors: Mapping[str, Tensor]
+    grains: Mapping[str, Grain]
+    facts: Mapping[str, Any]
+
+
 class Exporter(Protocol):
     """Writes one format. Only its folder imports that format's writer.
 
@@ -110,6 +137,15 @@ class Exporter(Protocol):
 
         Raises OSError where writing fails: whoever made the folder knows the name that a user gave it.
         """
+
+    def read(self, spec: ModelSpec, folder: Path) -> Readback:
+        """Open what `write` wrote, by the files' own words; values are read when they are asked for.
+
+        Raises BundleError where a tensor is missing, of another shape or of an unknown type.
+        """
+
+    def tokenizer_facts(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+        """The facts of `Readback` under `tokenizer.`, as they are where the files hold this tokenizer.json's words."""
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for manifests: `requires` (runtime -> version), `stock` (what a stock app gets), `notes`; sentences."""

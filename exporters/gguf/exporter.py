@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from vlmedge.errors import RuntimeFailedError, UnsupportedError
-from vlmedge.exporters.base import Encoding, ExportJob, Order, Written
+from vlmedge.exporters.base import Encoding, ExportJob, Order, Readback, Written
 from vlmedge.exporters.gguf import quantizer
+from vlmedge.exporters.gguf.facts import VOCABULARY, vocabulary_digest
 from vlmedge.exporters.gguf.heads import heads_metadata
 from vlmedge.exporters.gguf.layout import Stored, layout, piece, role_of
 from vlmedge.exporters.gguf.metadata import (
@@ -17,6 +19,7 @@ from vlmedge.exporters.gguf.metadata import (
     parts_metadata,
     text_metadata,
 )
+from vlmedge.exporters.gguf.reader import read_back
 from vlmedge.exporters.gguf.stream import write_files
 from vlmedge.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from vlmedge.quant_profiles import KvCache
@@ -67,6 +70,17 @@ class GgufExporter:
             quantizer.load(quantizer.library_path())
         write_files(job, stored, metadata)
         return tuple(Written(file, role_of(file)) for file in metadata)
+
+    def read(self, spec: ModelSpec, folder: Path) -> Readback:
+        """Open text.gguf or its parts, mmproj.gguf and heads.gguf; types and shapes are the files' own.
+
+        Raises BundleError as `read_back`, and where padding that is read is not zero.
+        """
+        return read_back(spec, folder)
+
+    def tokenizer_facts(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+        """The digest of the vocabulary as stock apps read it."""
+        return {VOCABULARY: vocabulary_digest(tokenizer, spec.decoder.vocab)}
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what a stock app gets) and `notes`, both as sentences."""

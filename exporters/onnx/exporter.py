@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmedge import __version__
-from vlmedge.exporters.base import Encoding, ExportJob, Order, Written
+from vlmedge.exporters.base import Encoding, ExportJob, Order, Readback, Written
 from vlmedge.exporters.onnx.flavour import FLAVOURS, Flavour, flavour_of, kv_type
 from vlmedge.quant_profiles import KvCache
 from vlmedge.spec import ModelSpec
@@ -77,6 +78,20 @@ class OnnxExporter:
             (job.out / name).write_text(text, encoding="utf-8")
             out.append(Written(name, "config"))
         return tuple(out)
+
+    def read(self, spec: ModelSpec, folder: Path) -> Readback:
+        """Open the graphs in `folder`/onnx; values are read when they are asked for.
+
+        A tied table that is stored twice has its second copy under `NAME#2`, see reader.py. Raises BundleError for
+        files that are missing, damaged or of another model.
+        """
+        from vlmedge.exporters.onnx.reader import read_graphs
+
+        return read_graphs(spec, folder)
+
+    def tokenizer_facts(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+        """None: the graphs hold no vocabulary, every app reads tokenizer.json."""
+        return {}
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what other libraries get) and `notes`, as sentences."""
