@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vlmedge.errors import UsageError, nearest
+from vlmedge.limits import Limits
 from vlmedge.records import decode
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -99,8 +100,7 @@ class QuantProfile:
 
     `formats`: those that it is made for; empty: every one. `prefill`: rules for a second copy of the matrices in the
     decoder's layers, used for calls of many positions; empty: one copy does for all.
-    `tolerance`: the largest relative RMS difference from the original that an export may show at a stage
-    (`features`, `projected`, `logits`); a stage that is absent is measured and not judged.
+    `limits`: what verification lets pass; without any, everything is measured and nothing judged.
     """
 
     name: str
@@ -109,7 +109,15 @@ class QuantProfile:
     kv_cache: KvCache = "f16"
     formats: tuple[str, ...] = ()
     prefill: tuple[QuantRule, ...] = ()
-    tolerance: dict[str, float] = field(default_factory=dict, hash=False)
+    limits: tuple[Limits, ...] = ()
+
+    def limits_for(self, format: str) -> tuple[Limits, ...]:
+        """The limits of a format: of each comparison those that name it, else those that name none."""
+        out = {}
+        for limits in sorted(self.limits, key=lambda found: len(found.formats)):
+            if format in limits.formats or not limits.formats:
+                out[limits.against] = limits
+        return tuple(out.values())
 
 
 def profile_names() -> tuple[str, ...]:

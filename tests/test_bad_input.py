@@ -223,7 +223,7 @@ def test_a_file_that_is_no_gguf(bundle_copy, refused, photo, file):
 
 
 def test_schemas_of_other_versions(bundle_copy, bundle_refused):
-    line = bundle_refused(edited(bundle_copy, schema="vlmedge.bundle/2"))
+    line = bundle_refused(edited(bundle_copy, schema="vlmedge.bundle/3"))
     assert f"this version reads '{SCHEMA}'; pip install --upgrade vlmedge" in line
     assert "export it again" in bundle_refused(edited(bundle_copy, schema="something"))
     assert "export it again" in bundle_refused(edited(bundle_copy, schema=None))

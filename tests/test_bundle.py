@@ -48,7 +48,7 @@ def damages(manifest: dict[str, Any]):
         name = sorted(table)[-1]
         table[f"{name}x"] = table.pop(name)
         yield f"{'.'.join(map(str, path))}.{name}x", wrong
-    for key, value in (("schema", "vlmedge.bundle/2"), ("skills", "query"), ("source", None), ("licence", 5)):
+    for key, value in (("schema", "vlmedge.bundle/3"), ("skills", "query"), ("source", None), ("licence", 5)):
         yield key, {**manifest, key: value}
 
 

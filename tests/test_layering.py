@@ -17,7 +17,7 @@ FOLDERS = {
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("pipeline",),
+    ("pipeline", "evaluation"),
     ("parity", "device_bench", "demo", "manifest"),
     ("loading",),
     ("exporters", "reference", "contract"),
@@ -26,10 +26,22 @@ ROWS = (
     ("regions",),
     ("prompt", "generate", "imaging", "picture", "hub"),
     ("selection", "checkpoint"),
-    ("pickles", "tensorfile", "weights", "registry", "schema", "answer", "measure", "progress", "staging"),
+    (
+        "pickles",
+        "tensorfile",
+        "weights",
+        "registry",
+        "schema",
+        "answer",
+        "measure",
+        "progress",
+        "staging",
+        "limits",
+        "scoring",
+    ),
     ("tensors", "records"),
     ("session",),
-    ("spec", "errors", "mlprogram"),
+    ("spec", "errors", "webpage", "mlprogram"),
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
 

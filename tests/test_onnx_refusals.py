@@ -110,7 +110,6 @@ def test_what_onnx_runtimes_attention_cannot_rotate_is_refused():
 
 PROFILE = """
 summary = "for a test"
-[tolerance]
 [[rules]]
 match = "*"
 scheme = {}

@@ -18,6 +18,7 @@ from vlmedge.bundle import MANIFEST, open_bundle
 from vlmedge.errors import CheckpointError, UnsupportedError, UsageError, VerificationError
 from vlmedge.exporters.gguf import quantizer
 from vlmedge.loading import describe, missing_for
+from vlmedge.parity.report import STAGES
 
 EXPORT_KEYS = {
     "bundle", "format", "flavour", "profile", "bytes", "bits_per_weight", "seconds", "peak_rss_mb", "verification",
@@ -35,9 +36,11 @@ def test_the_same_bytes_twice(golden, tmp_path, profile):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
     verification = first.manifest.verification
     assert verification["verified"] is True
-    assert {s["stage"] for s in verification["stages"]} == {"features", "projected", "logits", "regions"}
-    assert set(verification["tolerance"]) == {s["stage"] for s in verification["stages"]}
-    assert all(s["relative_rms"] < verification["tolerance"][s["stage"]] for s in verification["stages"])
+    assert {s["stage"] for s in verification["stages"]} == set(STAGES)
+    assert all(s["outcome"] == "passed" for s in verification["stages"])
+    judged = {(s["stage"], s["against"]) for s in verification["stages"] if s.get("against") and "limit" in s}
+    sides = ("original",) if profile == "f32" else ("stored", "original")  # floats are the original's own numbers
+    assert judged == {(stage, side) for stage in STAGES[5:] for side in sides}
 
 
 def test_where_the_checkpoint_lies_does_not_show(golden, tmp_path):
@@ -58,13 +61,13 @@ def test_where_the_checkpoint_lies_does_not_show(golden, tmp_path):
 def test_the_manifest_is_written_last(golden, tmp_path, monkeypatch):
     """While the bundle is verified, and after a kill in that time, its folder is none that `run` opens."""
     seen = []
-    compared = pipeline._compared
+    compared = pipeline.examine
 
-    def look(*arguments):
+    def look(*arguments, **options):
         seen.extend(p.name for p in (tmp_path / ".x.partial").iterdir())
-        return compared(*arguments)
+        return compared(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "_compared", look)
+    monkeypatch.setattr(pipeline, "examine", look)
     pipeline.export(golden, "gguf", "f32", tmp_path / "x", threads=1)
     assert "text.gguf" in seen
     assert MANIFEST not in seen
@@ -78,14 +81,14 @@ def test_a_source_that_cannot_be_read_is_no_output_error(tmp_path):
 
 def test_numbers_that_are_not_finite_are_never_written(golden, tmp_path, monkeypatch):
     """Not even with --no-verify: no app could do anything with such a bundle, and JSON has no word for it."""
-    right = pipeline.trace
+    right = pipeline.run_tests
 
-    def spoiled(spec, session):
-        found = right(spec, session)
-        found.small.logits[3] = np.inf
+    def spoiled(*arguments, **options):
+        found = right(*arguments, **options)
+        found.trace.record.forwards[1].logits[3] = np.inf
         return found
 
-    monkeypatch.setattr(pipeline, "trace", spoiled)
+    monkeypatch.setattr(pipeline, "run_tests", spoiled)
     with pytest.raises(VerificationError, match="not finite at the stage 'logits'"):
         pipeline.export(golden, "gguf", "f32", tmp_path / "x", verify=False, threads=1)
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +104,10 @@ def test_an_export_that_is_wrong_is_not_written(golden, tmp_path, monkeypatch):
     """A quantizer that spoils one kind of tensor: verification names the stage, and no bundle appears."""
     right = quantizer.encode
     monkeypatch.setattr(quantizer, "encode", lambda rows, kind: right(rows * np.float32(1.5), kind))
-    with pytest.raises(VerificationError, match=r"at the stage '\w+': relative RMS .*nothing was written"):
+    with pytest.raises(
+        VerificationError,
+        match="at the stage 'weights'.* steps of its grid .*nothing was written",
+    ):
         pipeline.export(golden, "gguf", "f32", tmp_path / "x", threads=1)
     assert list(tmp_path.iterdir()) == []
 

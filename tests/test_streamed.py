@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from vlmedge import pipeline
+from vlmedge.limits import Limits
 from vlmedge.loading import describe, open_original
 from vlmedge.parity import pictures
-from vlmedge.parity.original import judge
-from vlmedge.parity.stages import compare, difference
+from vlmedge.parity.compare import compare
+from vlmedge.parity.judge import judge
 from vlmedge.parity.trace import TOKENS, caption_ids, needed_context, trace
 from vlmedge.reference.streamed import StreamedReference
 from vlmedge.reference.threads import torch_threads
 
 TINY = Path(__file__).parent / "data/moondream2/tiny-mha"
+PICTURES = TINY.parent / "images"
 
 
 @pytest.fixture(scope="module")
@@ -27,86 +29,111 @@ def found():
 @pytest.fixture(scope="module")
 def ours(found):
     with open_original(found, threads=1, context=needed_context(found.spec)) as model:
-        return trace(model.spec, model.session)
+        return trace(model, {"picture": PICTURES / "big.png"})
 
 
-@pytest.fixture(scope="module")
-def original(found, ours):
-    return judge(found.spec, found.tensors, ours, threads=1)
+@pytest.fixture(scope="module", params=[False, True], ids=["from the pixels", "same inputs"])
+def original(found, ours, request):
+    return judge(ours.record, found.spec, found.tensors, same_inputs=request.param, threads=1)
 
 
-def test_streamed_equals_whole(ours, original):
-    for name in ("features", "local"):
-        assert difference(getattr(original, name), getattr(ours, name))[0] < 1e-6, name
-    for judgement, reading in ((original.small, ours.small), (original.stitched, ours.stitched)):
-        assert difference(judgement.projected, reading.projected)[0] < 1e-5
-        assert difference(judgement.logits, reading.logits)[0] < 1e-5
-        assert judgement.choices == reading.tokens
-        assert len(reading.tokens) <= TOKENS
-    assert set(original.regions) == {"coord_encoder", "size_encoder", "coord_decoder", "size_decoder"}
-    for name, values in original.regions.items():
-        assert difference(values, ours.regions[name])[0] < 1e-6, name
+def stages(spec, record, judged, limits=None):
+    return {s.stage: s for s in compare(record, judged, spec, "original", limits).stages}
 
 
-def test_what_agrees_agrees(ours, original):
-    result = compare(ours, original)
-    assert [s.stage for s in result.stages] == ["features", "projected", "logits", "regions"]
-    assert result.first_divergence is None
-    assert result.failing(dict.fromkeys(("features", "projected", "logits"), 1e-4)) is None
+def limits(**given):
+    return Limits("original", "a test's", **given)
 
 
-def test_the_first_stage_that_parts_is_named(ours, original):
-    rng = np.random.default_rng(0)
-    worse = replace(ours, local=ours.local + 0.1 * rng.standard_normal(ours.local.shape).astype(np.float32))
-    failing = compare(worse, original).failing({"features": 1e-2, "projected": 1e-2, "logits": 1e-2})
-    assert failing is not None
-    assert failing.stage == "features"
-    assert "at most 1.0e-02 is allowed" in failing.why
+def test_streamed_equals_whole(found, ours, original):
+    """Every call of every skill, a picture of several crops included."""
+    assert len(ours.record.sights) == 3
+    assert ours.record.sights[2].tiling != (1, 1)
+    result = compare(ours.record, original, found.spec, "original", limits(logits=1e-4))
+    assert [s.stage for s in result.stages] == ["features", "projected", "logits", "tokens", "regions", "boxes"]
+    assert all(s.outcome in ("passed", "measured") for s in result.stages)
+    assert all(s.relative_rms < 1e-5 for s in result.stages), result.stages
+    assert {t.reading for t in result.tokens} == {"small picture", "large picture", "picture"}
+    assert all(t.token == t.reference_token and t.kl < 1e-8 for t in result.tokens)
+    numbers = {s.stage: s.numbers for s in result.stages}
+    assert numbers["boxes"]["equal"] == numbers["boxes"]["bins"] >= 8 + 4  # two boxes and two points
+    assert numbers["boxes"]["iou"] == 1
+    assert numbers["tokens"]["positions"] == len(result.tokens) > TOKENS
+    assert "first_divergence" not in numbers["tokens"]
 
 
-@pytest.mark.parametrize("tolerance", [{}, {"logits": 1.0}])
-def test_numbers_that_are_none_fail_whatever_the_profile(ours, original, tolerance):
-    broken = replace(ours, small=replace(ours.small, logits=np.full_like(ours.small.logits, np.nan)))
-    failing = compare(broken, original).failing(tolerance)
-    assert failing is not None
-    assert failing.stage == "logits"
-    assert (broken.broken(), ours.broken()) == ("logits", None)
-    judged = replace(original, features=np.full_like(original.features, np.inf))
-    assert compare(ours, judged).failing({}).stage == "features"
+def test_a_prompts_first_token_may_be_a_banned_one_and_later_ones_may_not(found, ours, original):
+    """What is compared is what the product would have chosen."""
+    banned = tuple(range(found.spec.decoder.vocab - 1))
+    spec = replace(found.spec, prompt=replace(found.spec.prompt, banned=banned))
+    later = {t.token for t in compare(ours.record, original, spec, "original", None).tokens if t.index}
+    assert later == {found.spec.decoder.vocab - 1}
 
 
-def test_a_head_that_differs_is_found(ours, original):
-    regions = {**ours.regions, "size_decoder": ours.regions["size_decoder"] + 1}
-    failing = compare(replace(ours, regions=regions), original).failing({"regions": 1e-2})
-    assert failing is not None
-    assert failing.stage == "regions"
+def noisy(call, name, scale):
+    noise = np.random.default_rng(0).standard_normal(getattr(call, name).shape).astype(np.float32)
+    return replace(call, **{name: getattr(call, name) + scale * noise})
 
 
-def changed_at(reading, index):
-    tokens = list(reading.tokens)
-    tokens[index] = (tokens[index] + 1) % 512
-    return replace(reading, tokens=tuple(tokens))
+@pytest.mark.parametrize(
+    ("stage", "kind", "name", "limit"),
+    [
+        ("features", "vision", "features", "features"),
+        ("projected", "projections", "rows", "projected"),
+        ("logits", "forwards", "logits", "logits"),
+        ("regions", "heads", "outputs", "regions"),
+    ],
+)
+def test_the_stage_that_parts_is_named(found, ours, original, stage, kind, name, limit):
+    calls = list(getattr(ours.record, kind))
+    at = -1 if kind == "vision" else next(i for i, c in enumerate(calls) if getattr(c, "read", None) is None)
+    calls[at] = noisy(calls[at], name, 10)
+    record = replace(ours.record, **{kind: calls})
+    result = stages(found.spec, record, original, limits(**dict.fromkeys((limit,), 1e-2)))
+    assert [s for s, r in result.items() if r.outcome == "failed"] == [stage]
+    assert "at most 1.0e-02 is allowed" in result[stage].why
 
 
-def test_another_token_is_found_and_near_ties_are_told_apart(ours, original):
-    changed = replace(ours, small=changed_at(ours.small, 0))
-    result = compare(changed, original)
-    assert (result.first_divergence, result.near_tie) == (0, False)
-    assert result.failing({}) is None
-    failing = result.failing({}, lossless=True)
-    assert failing is not None
-    assert failing.stage == "greedy tokens"
-    noisy = replace(changed, small=replace(changed.small, logits=changed.small.logits + 100))
-    result = compare(noisy, original)
-    assert result.near_tie
-    assert result.failing({}, lossless=True) is None
+def test_numbers_that_are_none_fail_whatever_the_profile(found, ours, original):
+    for value in (np.nan, np.inf):
+        calls = [replace(c, logits=np.full_like(c.logits, value)) for c in ours.record.forwards]
+        broken = replace(ours, record=replace(ours.record, forwards=calls))
+        result = stages(found.spec, broken.record, original)
+        assert result["logits"].outcome == result["tokens"].outcome == "failed"
+        assert result["logits"].relative_rms is None, "JSON has no infinity"
+        assert (broken.broken(), ours.broken()) == ("logits", None)
+    judged = replace(original, features=tuple(np.full_like(f, np.inf) for f in original.features))
+    assert stages(found.spec, ours.record, judged)["features"].why == "numbers are not finite or of another shape"
 
 
-def test_a_near_tie_hides_no_other_token(ours, original):
-    noisy = replace(ours.small, logits=ours.small.logits + 100)
-    both = replace(ours, small=changed_at(noisy, 0), stitched=changed_at(ours.stitched, 3))
-    result = compare(both, original)
-    assert (result.first_divergence, result.near_tie) == (3, False)
+def test_another_token_is_found_and_near_ties_are_told_apart(found, ours, original):
+    at = next(i for i, f in enumerate(ours.record.forwards) if f.decodes and f.chooses)
+    wanted = original.logits[at]
+    second = int(np.argsort(wanted)[-2])
+    gap = float(wanted.max() - wanted[second])
+    turned = wanted.copy()
+    turned[second] += 2 * gap
+    forwards = list(ours.record.forwards)
+    forwards[at] = replace(forwards[at], logits=turned)
+    record = replace(ours.record, forwards=forwards)
+    rms = float(np.sqrt(np.mean(np.square(wanted))))
+    tie = stages(found.spec, record, original, limits(logits=gap / rms))["tokens"]
+    assert (tie.outcome, tie.ambiguous, tie.numbers["top1"] < 1) == ("passed", 1, True)
+    real = stages(found.spec, record, original, limits(logits=gap / rms / 8))["tokens"]
+    assert (real.outcome, real.ambiguous) == ("failed", 0)
+    assert f"is {second} instead of {int(wanted.argmax())}" in real.why
+    assert stages(found.spec, record, original)["tokens"].outcome == "measured", "without limits nothing is judged"
+
+
+def test_a_bin_that_is_another(found, ours, original):
+    at = next(i for i, h in enumerate(ours.record.heads) if h.name == "coord_decoder" and h.read is not None)
+    heads = list(ours.record.heads)
+    heads[at] = replace(heads[at], outputs=heads[at].outputs[::-1].copy())
+    record = replace(ours.record, heads=heads)
+    boxes = stages(found.spec, record, original, limits(logits=1e-3))["boxes"]
+    assert boxes.outcome == "failed"
+    assert boxes.numbers["equal"] == boxes.numbers["bins"] - 1
+    assert boxes.numbers["iou_least"] < 1
 
 
 def test_the_callers_threads_stay(found):
@@ -118,7 +145,7 @@ def test_the_callers_threads_stay(found):
         seen.append(torch.get_num_threads())
         assert model.session.info()["threads"] == before + 1
     streamed = StreamedReference(found.spec, found.tensors, threads=before + 1)
-    streamed.region(pictures.region_inputs(found.spec.decoder.width))
+    streamed.region([*pictures.region_inputs(found.spec.decoder.width).items()])
     assert [*seen, torch.get_num_threads()] == [before] * 3
     with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
@@ -146,4 +173,5 @@ def test_a_model_without_captions_is_exported(forgery, tmp_path, templates):
     bundle = pipeline.export(forgery.write(), "gguf", "f32", tmp_path / "out", threads=1)
     assert "caption" not in bundle.manifest.skills
     assert bundle.manifest.verification["verified"]
-    assert bundle.manifest.verification["tokens"] > 0
+    tokens = next(s for s in bundle.manifest.verification["stages"] if s["stage"] == "tokens")
+    assert tokens["numbers"]["positions"] > 0

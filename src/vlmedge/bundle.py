@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
 from vlmedge.errors import BundleError
+from vlmedge.limits import Limits
 from vlmedge.records import decode, encode
 from vlmedge.schema import json_schema
 from vlmedge.spec import ModelSpec
 
-SCHEMA: Final = "vlmedge.bundle/1"
+SCHEMA: Final = "vlmedge.bundle/2"
 MANIFEST = "vlmedge.json"
 CHUNK = 8 << 20
 
@@ -45,7 +46,8 @@ class SourceEntry:
 class ProfileEntry:
     """The quantization profile, a digest of its rules, and what came of it over all weights.
 
-    `kv_cache` is the type in which the format's runtime keeps keys and values, which may differ from the profile's.
+    `kv_cache` is the type in which the format's runtime keeps keys and values, which may differ from the profile's;
+    `limits` are those of the bundle's format.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ProfileEntry:
     parameters: int
     bits_per_weight: float
     kv_cache: Literal["f32", "f16", "int8"]
+    limits: tuple[Limits, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class TokenizerEntry:
 class Manifest:
     """The content of `vlmedge.json`. `flavour`: which of the format's ways to write its files, "" where it has one."""
 
-    schema: Literal["vlmedge.bundle/1"]
+    schema: Literal["vlmedge.bundle/2"]
     producer: dict[str, str]
     model: ModelSpec
     format: str

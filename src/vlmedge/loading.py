@@ -18,7 +18,7 @@ from vlmedge.registry import Registry
 from vlmedge.runtimes import RUNTIMES, Memory, Opening
 from vlmedge.runtimes.cache import cache_folder
 from vlmedge.skills import Model
-from vlmedge.sources import open_source
+from vlmedge.sources import DEMO, open_source
 from vlmedge.spec import ModelSpec
 from vlmedge.tensors import Tensor
 
@@ -91,6 +91,14 @@ def load(
     _check_provider(chosen, provider)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     return open_original(found, threads, dtype=dtype, context=context, runtime=chosen)
+
+
+def source_label(checkpoint: Checkpoint) -> str:
+    """What the user named, or a folder's bare name: a bundle says nothing of where folders lie."""
+    source = checkpoint.source
+    if source.repo or source.label.startswith(DEMO):
+        return source.label
+    return Path(os.path.abspath(checkpoint.folder)).name
 
 
 def names_bundle(source: SourceLike) -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from vlmedge import __version__
@@ -23,14 +22,12 @@ from vlmedge.bundle import (
     SourceEntry,
     TokenizerEntry,
 )
-from vlmedge.checkpoint import Checkpoint
 from vlmedge.contract import image_contract, prompt_contract
 from vlmedge.exporters import Encoding, Order
-from vlmedge.loading import Described
+from vlmedge.loading import Described, source_label
 from vlmedge.prompt import skills
 from vlmedge.quant_profiles import QuantProfile
 from vlmedge.records import encode
-from vlmedge.sources import DEMO
 from vlmedge.spec import COMPONENTS, DecoderSpec, ModelSpec, component
 
 _WRITERS = ("gguf", "libggml-python", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime")
@@ -61,7 +58,12 @@ def describe_bundle(
         source=SourceEntry(source_label(found.checkpoint), source.repo, source.revision, source.commit, dict(hashes)),
         licence=licence,
         profile=ProfileEntry(
-            profile.name, profile_digest(profile), parameters, _bits(stored, parameters), order.kv_cache
+            profile.name,
+            profile_digest(profile),
+            parameters,
+            _bits(stored, parameters),
+            order.kv_cache,
+            profile.limits_for(format),
         ),
         components=components,
         files=files,
@@ -76,14 +78,6 @@ def describe_bundle(
         notes=tuple(notes.get("notes") or ()),
         flavour=order.flavour,
     )
-
-
-def source_label(checkpoint: Checkpoint) -> str:
-    """What the user named, or a folder's bare name: a bundle says nothing of where folders lie."""
-    source = checkpoint.source
-    if source.repo or source.label.startswith(DEMO):
-        return source.label
-    return Path(os.path.abspath(checkpoint.folder)).name
 
 
 def component_entries(spec: ModelSpec, encodings: Mapping[str, Encoding]) -> tuple[ComponentEntry, ...]:
@@ -114,7 +108,7 @@ def memory_entry(decoder: DecoderSpec, components: tuple[ComponentEntry, ...], k
 
 def profile_digest(profile: QuantProfile) -> str:
     """A hash of the rules, so that two bundles of one profile name can be told apart."""
-    rules = json.dumps(encode(profile), sort_keys=True)
+    rules = json.dumps(encode(replace(profile, limits=())), sort_keys=True)
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 

@@ -17,11 +17,11 @@ from vlmedge.bundle import Bundle, Manifest, file_entry, open_bundle, write_mani
 from vlmedge.errors import CheckpointError, VerificationError
 from vlmedge.exporters import Encoding, ExportJob, Order, Written
 from vlmedge.exporters.choice import Choice, choose
-from vlmedge.loading import Described, SourceLike, describe, missing_for, open_model
-from vlmedge.manifest import describe_bundle, source_label
-from vlmedge.parity.original import judge
-from vlmedge.parity.stages import compare
-from vlmedge.parity.trace import Trace, needed_context, trace
+from vlmedge.loading import Described, SourceLike, describe, missing_for, source_label
+from vlmedge.manifest import describe_bundle
+from vlmedge.parity.examine import examine
+from vlmedge.parity.report import Report
+from vlmedge.parity.run import run_tests
 from vlmedge.parity.vectors import record
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
@@ -116,8 +116,7 @@ def export(
             written = choice.exporter.write(job)
             (folder / TOKENIZER).write_bytes(found.tokenizer)
             manifest = _manifest(found, choice, order, encodings, written, folder, hashes)
-        gate = _gate(choice.profile, order) if verify else None
-        manifest = _verified(Bundle(folder, manifest), found, gate, threads, progress)
+        manifest = _verified(Bundle(folder, manifest), found, verify, threads, progress)
         write_manifest(folder, manifest)
     return open_bundle(target)
 
@@ -165,75 +164,51 @@ def _manifest(
     return describe_bundle(found, profile, format, order, encodings, files, licence, notes, hashes.result(), TOKENIZER)
 
 
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """What an export must keep to: see `Comparison.failing`."""
-
-    tolerance: Mapping[str, float]
-    lossless: bool
-
-
-def _gate(profile: QuantProfile, order: Order) -> _Gate:
-    schemes = (*order.plan.values(), *order.prefill.values())
-    return _Gate(profile.tolerance, all(scheme.kind == "float" for scheme in schemes))
-
-
-def _verified(
-    bundle: Bundle, found: Described, gate: _Gate | None, threads: int | None, progress: Progress
-) -> Manifest:
-    """Open what was written, record its self-test vectors, compare it with the original (None: do not).
+def _verified(bundle: Bundle, found: Described, verify: bool, threads: int | None, progress: Progress) -> Manifest:
+    """Open what was written, record its self-test vectors, compare it with the original.
 
     The manifest is written by the caller, last of all: a folder that has one is whole.
     """
     manifest, folder, tokenizer = bundle.manifest, bundle.path, Tokenizer(found.tokenizer)
-    missing = missing_for(manifest.format)
-    if missing is not None:
-        vectors = record(found.spec, tokenizer, None, None)
-        outcome: dict[str, Any] = {"verified": False, "reason": f"the bundle cannot be run here: {missing}"}
-    else:
+    missing, ran = missing_for(manifest.format), None
+    if missing is None:
         progress.stage("recording self-test vectors")
-        ours, runtime = _traced(bundle, threads)
-        vectors = record(found.spec, tokenizer, runtime, ours)
-        outcome = _compared(ours, found, gate, threads, progress) if gate else {}
-    if gate is None:
-        outcome = {"verified": False, "reason": "verification was turned off (--no-verify)"}
-    elif not outcome["verified"]:
-        progress.note(f"not verified: {outcome['reason']}")
+        ran = run_tests(bundle, threads=threads)
+        broken = ran.trace.broken()
+        if broken is not None:
+            raise VerificationError(
+                f"the export gives numbers that are not finite at the stage '{broken}'; nothing was written; "
+                "its profile is too coarse for this model, or the checkpoint is damaged"
+            )
+    vectors = record(found.spec, tokenizer, ran)
     text = json.dumps(vectors, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (folder / SELFTEST).write_text(text, encoding="utf-8")
     files = (*manifest.files, file_entry(folder, SELFTEST, "selftest"))
+    if not verify:
+        outcome = _unverified("verification was turned off (--no-verify)")
+    elif ran is None:
+        outcome = _unverified(f"the bundle cannot be run here: {missing}")
+    else:
+        outcome = _passed(examine(bundle, ran, found, threads=threads, progress=progress))
+    if verify and not outcome["verified"]:
+        progress.note(f"not verified: {outcome['reason']}")
     return replace(manifest, files=files, verification=outcome)
 
 
-def _traced(bundle: Bundle, threads: int | None) -> tuple[Trace, str]:
-    """What the bundle's own runtime makes of the test inputs, and its name."""
-    context = needed_context(bundle.manifest.model)
-    # Lean: converting must not need more memory than running does.
-    with open_model(bundle, threads=threads, memory="lean", context=context) as model:
-        ours, runtime = trace(model.spec, model.session), model.session.runtime
-    broken = ours.broken()
-    if broken is not None:
-        raise VerificationError(
-            f"the export gives numbers that are not finite at the stage '{broken}'; nothing was written; "
-            "its profile is too coarse for this model, or the checkpoint is damaged"
-        )
-    return ours, runtime
+def _unverified(reason: str) -> dict[str, Any]:
+    return {"verified": False, "reason": reason}
 
 
-def _compared(ours: Trace, found: Described, gate: _Gate, threads: int | None, progress: Progress) -> dict[str, Any]:
-    missing = missing_for("checkpoint")
-    if missing is not None:
-        return {"verified": False, "reason": missing}
-    progress.stage("comparing with the original")
-    result = compare(ours, judge(found.spec, found.tensors, ours, threads))
-    failing = result.failing(gate.tolerance, lossless=gate.lossless)
-    if failing is not None:
+def _passed(report: Report) -> dict[str, Any]:
+    """What the manifest says of the comparison. Raises VerificationError that names the first stage that failed."""
+    if report.failing is not None:
+        stage = report.stages[report.failing]
         raise VerificationError(
-            f"the export does not agree with the original at the stage '{failing.stage}': {failing.why}; "
-            "nothing was written (--no-verify skips the comparison)"
+            f"the export does not agree with the original at the stage '{stage.stage}': {stage.why}; "
+            f"usually: {report.cause}; nothing was written (--no-verify skips the comparison)"
         )
-    against = "the original in PyTorch, float32"
-    return {"verified": True, "against": against, **result.as_dict(), "tolerance": dict(gate.tolerance)}
+    outcome = report.summary()
+    return outcome if outcome["verified"] else outcome | {"reason": "; ".join(report.notes)}
 
 
 @contextmanager

@@ -15,6 +15,24 @@ from vlmedge.session import F32, Step
 from vlmedge.spec import RegionSpec
 
 
+def coordinate_of(logits: F32) -> float:
+    """The coordinate, in 0..1, that the coordinate decoder's float32 [bins] mean."""
+    return int(np.argmax(logits)) / len(logits)
+
+
+def size_of(logits: F32, spec: RegionSpec) -> tuple[float, float]:
+    """The width and height that the size decoder's float32 [2 * bins] mean."""
+    width, height = (_size(int(index), spec) for index in logits.reshape(2, -1).argmax(axis=1))
+    return width, height
+
+
+def _size(index: int, spec: RegionSpec) -> float:
+    if spec.size_scale == "linear":
+        return index / spec.size_bins
+    exponent = np.float32(index) / np.float32(spec.size_bins - 1) * np.float32(10.0) - np.float32(10.0)
+    return float(np.power(np.float32(2.0), exponent))
+
+
 class RegionDecoder:
     """Reads coordinates and sizes from hidden states of one conversation."""
 
@@ -24,21 +42,12 @@ class RegionDecoder:
     def coordinate(self, step: Step) -> float:
         """The coordinate in a step's hidden state, in 0..1."""
         assert step.hidden is not None
-        logits = self._conversation.session.head("coord_decoder", step.hidden)
-        return int(np.argmax(logits)) / len(logits)
+        return coordinate_of(self._conversation.session.head("coord_decoder", step.hidden))
 
     def size(self, step: Step) -> tuple[float, float]:
         """The width and height in a step's hidden state."""
         assert step.hidden is not None
-        logits = self._conversation.session.head("size_decoder", step.hidden).reshape(2, -1)
-        width, height = (self._size_of(int(b)) for b in logits.argmax(axis=1))
-        return width, height
-
-    def _size_of(self, index: int) -> float:
-        if self._spec.size_scale == "linear":
-            return index / self._spec.size_bins
-        exponent = np.float32(index) / np.float32(self._spec.size_bins - 1) * np.float32(10.0) - np.float32(10.0)
-        return float(np.power(np.float32(2.0), exponent))
+        return size_of(self._conversation.session.head("size_decoder", step.hidden), self._spec)
 
     def encoded(self, *values: float) -> Embedded:
         """The embedding of one coordinate, or of a width and a height; a `prompt.Slot` holds one or the other."""

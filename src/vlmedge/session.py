@@ -17,6 +17,9 @@ I32: TypeAlias = npt.NDArray[np.int32]
 U8: TypeAlias = npt.NDArray[np.uint8]
 Grid: TypeAlias = tuple[int, int]
 
+# Positions of a call up to which a decoder's own weights are used where a bundle has a second copy for prefill.
+PREFILL_OVER = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -53,6 +53,22 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
                 parent.rmdir()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; what it held before stays where writing fails.
+
+    Raises OutputError where it cannot be written.
+    """
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        part.write_text(text, encoding="utf-8")
+        _sync(part)
+        part.replace(path)
+    except OSError as error:
+        raise _output_error(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class _Lock:
     """Held by a live export, released by the system when its process dies. Windows has none, and needs none there."""
 

@@ -95,6 +95,6 @@ def _outcome(verification: dict[str, Any]) -> str:
     """What came of verification: judged by every shipped profile, only measured by one of the user's without limits."""
     if not verification.get("verified"):
         return "not verified"
-    logits = next(stage["relative_rms"] for stage in verification["stages"] if stage["stage"] == "logits")
-    word = "agrees" if verification["tolerance"] else "compared"
-    return f"{word} with the original (logits {logits:.1e})"
+    last = [stage for stage in verification["stages"] if stage["stage"] == "logits"][-1]
+    word = "agrees" if verification["limits"] else "compared"
+    return f"{word} with the original (logits {last['relative_rms']:.1e})"

@@ -70,9 +70,20 @@ def _verification(outcome: Mapping[str, Any]) -> str:
     if not outcome.get("verified"):
         return f"no: {outcome.get('reason')}"
     try:
-        stages = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in outcome["stages"])
-    except (KeyError, TypeError, ValueError):
+        return "; ".join(_compared(outcome["stages"], against) for against in ("stored", "original"))
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise BundleError("the manifest's verification is not readable; export again") from None
-    at = outcome.get("first_divergence")
-    tokens = "all equal" if at is None else f"first different at {at}{' (near tie)' if outcome.get('near_tie') else ''}"
-    return f"against {outcome.get('against')}: relative RMS {stages}; {outcome.get('tokens')} greedy tokens, {tokens}"
+
+
+_BESIDE = {"stored": "the reference on the stored weights", "original": "the original"}
+
+
+def _compared(stages: list[Mapping[str, Any]], against: str) -> str:
+    """The relative RMS of each stage of one comparison, and how many tokens are the same."""
+    found = [s for s in stages if s.get("against") == against]
+    if not found:
+        return f"not beside {_BESIDE[against]}"
+    words = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in found)
+    tokens = next(s["numbers"] for s in found if s["stage"] == "tokens")
+    equal = f"{tokens['top1']:.0%} of {tokens['positions']:.0f} tokens equal"
+    return f"beside {_BESIDE[against]}: relative RMS {words}; {equal}"

@@ -2,28 +2,39 @@
 
 Every path is walked at a price that a phone can pay: a small picture goes all the way; of a large one a single
 local crop goes through the tower, and features made from a formula are stitched, projected and answered to.
+Pictures of the user's own go all the way through the model's skills.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from vlmedge import imaging
+from vlmedge import imaging, picture
+from vlmedge.answer import Box, Point
 from vlmedge.generate import Conversation, Embedded, Prefix, Sampler, generate
 from vlmedge.parity import pictures
-from vlmedge.session import F32, Session
+from vlmedge.parity.record import Record, Recorder, Sight
+from vlmedge.picture import PictureLike
+from vlmedge.prompt import PictureSpan, TokenRun, render
+from vlmedge.regions import RegionDecoder
+from vlmedge.session import F32
+from vlmedge.skills import Model
 from vlmedge.spec import Ids, Image, ModelSpec, PromptSpec
 
 TOKENS = 16
+OBJECTS = 2  # boxes and points that are read whether or not the model sees any
+THING = "object"
 _PROMPT = 64  # positions that a caption's prompt fits
+_OWN_TOKENS = 32  # of an answer about a picture of the user's
 
 
 def needed_context(spec: ModelSpec) -> int:
     """Positions that a trace takes, at most the model's own."""
     prompt = max(_PROMPT, len(caption_ids(spec.prompt)[1]))
-    return min(spec.decoder.context, spec.image_tokens + 1 + prompt + TOKENS)
+    return min(spec.decoder.context, spec.image_tokens + 1 + prompt + max(TOKENS, _OWN_TOKENS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,8 @@ class Trace:
 
     `features`: the small picture's one crop; `local`: features of the large one's first local crop;
     `small` reads the small picture, `stitched` the features of `pictures.features` in the large one's tiling;
-    `regions`: what the region heads make of `pictures.region_inputs`, by name, empty where the model has none.
+    `regions`: what the region heads make of `pictures.region_inputs`, by name; `found`: boxes and points read from the
+    small picture, `OBJECTS` each, by skill; both empty where the model has no region heads. `record`: every call.
     """
 
     features: F32
@@ -52,37 +64,48 @@ class Trace:
     small: Reading
     stitched: Reading
     regions: dict[str, F32]
+    found: dict[str, tuple[Box | Point, ...]]
+    record: Record
 
     def broken(self) -> str | None:
         """The first stage that holds numbers which are not finite, else None."""
-        readings = (self.small, self.stitched)
+        record = self.record
         stages = {
-            "features": [self.features, self.local],
-            "projected": [r.projected for r in readings],
-            "logits": [r.logits for r in readings],
-            "regions": [*self.regions.values()],
+            "features": [call.features for call in record.vision],
+            "projected": [call.rows for call in record.projections],
+            "logits": [call.logits for call in record.forwards],
+            "regions": [call.outputs for call in record.heads],
         }
         return next((name for name, arrays in stages.items() if not all(np.isfinite(a).all() for a in arrays)), None)
 
 
-def trace(spec: ModelSpec, session: Session) -> Trace:
-    """Run every stage of a session, which holds nothing before and nothing after it.
+def trace(model: Model, own: Mapping[str, PictureLike] | None = None) -> Trace:
+    """Run every stage of a model, which holds nothing after it; `own`: more pictures, by name.
 
-    A `Model` over the session does not learn of this: give it a fresh one.
+    Raises ImageError for a picture that cannot be read.
     """
-    small, large = (imaging.crop(pictures.pattern(*size), spec.image) for size in pictures.sizes(spec.image))
-    features = session.vision(small.pixels[:1])
-    made = pictures.features(large.count, spec.vision.tokens, spec.vision.width)
+    spec, recorder = model.spec, Recorder(model.session)
+    recorder.rewind(0)
+    small, large = (pictures.pattern(*size) for size in pictures.sizes(spec.image))
+    crops, local = imaging.crop(small, spec.image), imaging.crop(large, spec.image)
+    features = recorder.vision(crops.pixels[:1])
+    recorder.record.sights += [
+        Sight("small picture", small, crops.tiling, crops.pixels, 0),
+        Sight("large picture", large, local.tiling, local.pixels, None),
+    ]
+    made = pictures.features(local.count, spec.vision.tokens, spec.vision.width)
     heads = pictures.region_inputs(spec.decoder.width) if spec.region else {}
-    found = Trace(
-        features,
-        session.vision(large.pixels[1:2]),
-        _read(spec, session, session.project(np.repeat(features, small.count, axis=0), small.tiling)),
-        _read(spec, session, session.project(made, large.tiling)),
-        {name: session.head(name, x) for name, x in heads.items()},
-    )
-    session.rewind(0)
-    return found
+    local_features = recorder.vision(local.pixels[1:2])
+    recorder.reading = "small picture"
+    projected = recorder.project(np.repeat(features, crops.count, axis=0), crops.tiling)
+    first, talk = _read(spec, recorder, projected)
+    found = _regions(model, talk) if spec.region else {}
+    recorder.reading = "large picture"
+    second, _ = _read(spec, recorder, recorder.project(made, local.tiling))
+    regions = {name: recorder.head(name, x) for name, x in heads.items()}
+    _look(model, recorder, own or {})
+    recorder.rewind(0)
+    return Trace(features, local_features, first, second, regions, found, recorder.record)
 
 
 def caption_ids(prompt: PromptSpec) -> tuple[int, tuple[int, ...]]:
@@ -99,12 +122,57 @@ def caption_ids(prompt: PromptSpec) -> tuple[int, tuple[int, ...]]:
     return prompt.stop[0], ()
 
 
-def _read(spec: ModelSpec, session: Session, projected: F32) -> Reading:
-    talk = Conversation(session, spec.decoder.bidirectional_prefix)
+def _read(spec: ModelSpec, recorder: Recorder, projected: F32) -> tuple[Reading, Conversation]:
+    talk = Conversation(recorder, spec.decoder.bidirectional_prefix)
     start, ids = caption_ids(spec.prompt)
     before = talk.begin(Prefix(((start,), Embedded("trace", projected))))
     assert before is not None, "a new conversation holds nothing"
     step, rules = talk.ask([ids]) if ids else before, spec.prompt
     logits = step.logits.copy()
     out = generate(talk, step, stop=rules.stop, banned=rules.banned, max_tokens=TOKENS, sampler=Sampler())
-    return Reading(projected, logits, out.ids)
+    return Reading(projected, logits, out.ids), talk
+
+
+def _regions(model: Model, talk: Conversation) -> dict[str, tuple[Box | Point, ...]]:
+    """Boxes and points behind the picture that the conversation holds.
+
+    A stop token ends nothing here: a model that sees no object would leave the loop untried.
+    """
+    spec, out = model.spec, {}
+    assert spec.region is not None
+    region = RegionDecoder(spec.region, talk)
+    for skill in ("detect", "point"):
+        if skill in spec.prompt.templates:
+            segments = render(spec.prompt, skill, model.tokenizer, pictures=1, thing=THING)
+            cut = 1 + max(i for i, s in enumerate(segments) if isinstance(s, PictureSpan))
+            talk.session.rewind(spec.image_tokens + 1)
+            step = talk.ask([s.ids for s in segments[cut:] if isinstance(s, TokenRun)], hidden=True)
+            objects = region.objects(step, stop=(), sizes=skill == "detect", most=OBJECTS)
+            out[skill] = tuple(thing for _, thing in objects if thing is not None)
+    return out
+
+
+def _look(model: Model, recorder: Recorder, own: Mapping[str, PictureLike]) -> None:
+    """Ask about every picture through the skills: a caption or a question, then boxes."""
+    asked, record = Model(model.spec, recorder, model.tokenizer), recorder.record
+    captions = [name for name in model.spec.prompt.templates if name.startswith("caption/")]
+    for name, source in own.items():
+        recorder.reading, seen, pixels = name, len(record.vision), picture.load_picture(source)
+        if captions:
+            length = "normal" if "caption/normal" in captions else captions[0].partition("/")[2]
+            asked.caption(pixels, length, max_tokens=_OWN_TOKENS)
+        else:
+            asked.query(pixels, "What is in this picture?", max_tokens=_OWN_TOKENS)
+        if len(record.vision) > seen:  # else the same picture was there before, under another name
+            crops = np.concatenate([call.pixels for call in record.vision[seen:]])
+            record.sights.append(_sight(name, pixels, crops, recorder))
+        if "detect" in asked.skills:
+            asked.detect(pixels, THING, max_objects=OBJECTS)
+
+
+def _sight(name: str, pixels: picture.U8, crops: picture.U8, recorder: Recorder) -> Sight:
+    last = len(recorder.record.projections) - 1
+    tiling = recorder.record.projections[last].tiling
+    if tiling == (1, 1) and len(crops) == 1:  # a single local crop equals the global one and is encoded once
+        crops = np.repeat(crops, 2, axis=0)
+    return Sight(name, pixels, tiling, crops, last)

@@ -9,6 +9,8 @@ import numpy as np
 
 from vlmedge import imaging
 from vlmedge.parity import pictures
+from vlmedge.parity.examine import Ran
+from vlmedge.parity.texts import TEXTS
 from vlmedge.parity.trace import Reading, Trace, caption_ids
 from vlmedge.prompt import Tokenizer
 from vlmedge.session import F32
@@ -17,22 +19,11 @@ from vlmedge.spec import ImageSpec, ModelSpec
 SCHEMA = "vlmedge.selftest/1"
 _SAMPLES = 32
 _TOP = 8
-_TEXTS = (
-    "What colour is the cat?", "how many people are there", "Describe this image.", "a red circle", " leading blank",
-    "trailing blank ", "two  blanks", "tabs\tand\nnew lines\r\n", "", "0123456789", "3.14159, 1e-5; 50%",
-    "don't we'll I'm", "snake_case camelCase UPPER", "for (int i = 0; i < n; ++i) { x[i] += 1; }",
-    "https://example.org/a?b=c&d=e#f", "naïve café Ünïcödé", "Ελληνικά", "русский текст", "العربية", "עברית",
-    "हिन्दी", "中文字符测试", "日本語のテキスト", "한국어", "emoji 😀👍🏽🇩🇪", "e\u0301 combining", "\u200bzero width",
-    "<|endoftext|>", "<b>bold</b>", "a" * 40,
-)  # fmt: skip
-_ENDS = ("?", "\n\n", " 42", "🙂", "'s", ":", "  x", "。", ")")
 
 
 def text_vectors(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Texts of many kinds, in pairs and with endings, each with its ids."""
-    pairs = (f"{a} {b}" for a, b in zip(_TEXTS, _TEXTS[7:] + _TEXTS[:7], strict=True))
-    texts = [*_TEXTS, *pairs, *(f"{text}{end}" for text in _TEXTS for end in _ENDS)]
-    return [{"text": text, "ids": tokenizer.encode(text)} for text in texts]
+    """Texts of many kinds, each with its ids."""
+    return [{"text": text, "ids": tokenizer.encode(text)} for text in TEXTS]
 
 
 def picture_vectors(spec: ImageSpec) -> list[dict[str, Any]]:
@@ -53,16 +44,17 @@ def picture_vectors(spec: ImageSpec) -> list[dict[str, Any]]:
     return out
 
 
-def record(spec: ModelSpec, tokenizer: Tokenizer, runtime: str | None, found: Trace | None) -> dict[str, Any]:
-    """All vectors; without a trace (and the runtime that made it) only those that need none: crops and token ids."""
+def record(spec: ModelSpec, tokenizer: Tokenizer, ran: Ran | None) -> dict[str, Any]:
+    """All vectors; of a bundle that could not be run here only those that need no model: crops and token ids."""
     vectors: dict[str, Any] = {
         "schema": SCHEMA,
         "pixels": pictures.PIXELS,
         "pictures": picture_vectors(spec.image),
         "text": text_vectors(tokenizer),
-        "recorded_with": runtime,
+        "recorded_with": None if ran is None else ran.runtime,
     }
-    if found is not None:
+    if ran is not None:
+        found = ran.trace
         vectors["model"] = {
             "prompt_ids": list(caption_ids(spec.prompt)[1]),
             "features": {"picture": 0, "crop": 0, **_sample(found.features)},

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from itertools import pairwise
+from typing import TypeAlias, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from vlmedge import imaging
-from vlmedge.reference.blocks import DecoderLayer, Region, Tower, VisionLayer, norm, projector, rope_table
+from vlmedge.reference.blocks import DecoderLayer, LayerCache, Region, Tower, VisionLayer, norm, projector, rope_table
 from vlmedge.reference.model import fill
+from vlmedge.reference.preprocess import joined
 from vlmedge.reference.session import run_head
 from vlmedge.reference.threads import computing
 from vlmedge.session import F32, I32, Grid
@@ -23,15 +25,33 @@ from vlmedge.spec import ModelSpec
 from vlmedge.tensors import Tensor
 
 M = TypeVar("M", bound=nn.Module)
+I64: TypeAlias = npt.NDArray[np.int64]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+_CROPS_AT_ONCE = 8  # bounds what a layer holds beside its input
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Embeddings float32 [t, width]; the first `prefix` positions all see each other; `wanted` ones get logits."""
+    """One conversation with all its branches, as a tree of positions.
+
+    `embeddings` float32 [t, width]; `positions` int64 [t]: where each stands; `mask` bool [t, t]: true where a row
+    sees a column; `wanted`: rows whose logits are asked for; `prefill` bool [t]: rows that a second copy of the
+    weights computes, where there is one.
+    """
 
     embeddings: F32
-    prefix: int
+    positions: I64
+    mask: Bools
     wanted: tuple[int, ...]
+    prefill: Bools
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """For the wanted rows: logits float32 [wanted, vocab], and hidden states before the final norm [wanted, width]."""
+
+    logits: F32
+    hidden: F32
 
 
 class StreamedReference:
@@ -40,6 +60,8 @@ class StreamedReference:
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], threads: int | None = None) -> None:
         self.threads = threads
         self._spec, self._tensors = spec, tensors
+        copies = {name.removesuffix("#prefill"): t for name, t in tensors.items() if name.endswith("#prefill")}
+        self._second = {**tensors, **copies} if copies else {}
 
     @computing
     def vision(self, pixels: F32) -> F32:
@@ -49,7 +71,8 @@ class StreamedReference:
         x = shell.patches(torch.from_numpy(pixels))
         layer = VisionLayer(spec)
         for i in range(spec.layers):
-            x = self._filled(layer, f"vision.layers.{i}.")(x)
+            self._filled(layer, f"vision.layers.{i}.")
+            x = torch.cat([layer(part) for part in x.split(_CROPS_AT_ONCE)])
         return _array(shell.normed(x))
 
     @computing
@@ -61,7 +84,7 @@ class StreamedReference:
         for features, tiling in pictures:
             rows = features[0]
             if spec.projector.joins_global:
-                rows = np.concatenate([rows, imaging.pool_local(features[1:], spec.image, tiling)], axis=-1)
+                rows = np.concatenate([rows, joined(features[1:], spec.image, tiling)], axis=-1)
             out.append(_array(module(torch.from_numpy(rows))))
         return out
 
@@ -71,26 +94,28 @@ class StreamedReference:
         return np.concatenate([table.read_rows(int(i), int(i) + 1) for i in ids])
 
     @computing
-    def logits(self, passages: Sequence[Passage]) -> list[F32]:
-        """Run every passage through the decoder; float32 [wanted, vocab] each."""
+    def decode(self, passages: Sequence[Passage]) -> list[Decoded]:
+        """Run every passage through the decoder."""
         spec = self._spec.decoder
-        rope, layer = rope_table(spec), DecoderLayer(spec)
+        ropes = [rope_table(spec)[:, torch.from_numpy(p.positions)] for p in passages]
         states = [torch.from_numpy(p.embeddings)[None] for p in passages]
-        masks = [_mask(len(p.embeddings), p.prefix) for p in passages]
+        layer, other = DecoderLayer(spec), DecoderLayer(spec) if self._second else None
         for i in range(spec.layers):
             self._filled(layer, f"decoder.layers.{i}.")
-            states = [layer(x, rope[:, : x.shape[1]], None, mask, False) for x, mask in zip(states, masks, strict=True)]
+            if other is not None:
+                fill(other, self._second, f"decoder.layers.{i}.")
+            states = [_through(layer, other, *given) for given in zip(states, ropes, passages, strict=True)]
         last = self._filled(norm(spec), "decoder.norm.")
-        picked = [last(x[0, list(p.wanted)]) for x, p in zip(states, passages, strict=True)]
-        return [self._head(h) for h in picked]
+        hidden = [x[0, list(p.wanted)] for x, p in zip(states, passages, strict=True)]
+        return [Decoded(self._head(last(h)), _array(h)) for h in hidden]
 
     @computing
-    def region(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+    def region(self, calls: Sequence[tuple[str, F32]]) -> list[F32]:
         """Region heads by their names in `Session.head`: one vector float32 into each, one out of it."""
         spec = self._spec.region
         assert spec is not None
         heads = self._filled(Region(spec, self._spec.decoder.width), "region.")
-        return {name: _array(run_head(heads, name, torch.from_numpy(x))) for name, x in inputs.items()}
+        return [_array(run_head(heads, name, torch.from_numpy(x))) for name, x in calls]
 
     def _head(self, hidden: torch.Tensor) -> F32:
         """Logits by blocks of the vocabulary, so that the head is never whole in float32."""
@@ -106,11 +131,21 @@ class StreamedReference:
         return module
 
 
-def _mask(length: int, prefix: int) -> torch.Tensor:
-    """True where a query (row) sees a key: everything before, and the whole prefix from within it."""
-    mask = torch.ones(length, length, dtype=torch.bool).tril_()
-    mask[:prefix, :prefix] = True
-    return mask
+def _through(
+    layer: DecoderLayer, other: DecoderLayer | None, x: torch.Tensor, rope: torch.Tensor, passage: Passage
+) -> torch.Tensor:
+    """One passage through one layer, or by turns through its two copies over shared keys and values."""
+    mask = torch.from_numpy(passage.mask)
+    if other is None:
+        return cast(torch.Tensor, layer(x, rope, None, mask, False))
+    spec = replace(layer.attn.spec, context=x.shape[1])
+    cache = LayerCache(spec, x.dtype, x.device)
+    cuts = [0, *(np.flatnonzero(np.diff(passage.prefill)) + 1).tolist(), x.shape[1]]
+    out = []
+    for start, stop in pairwise(cuts):
+        chosen = other if passage.prefill[start] else layer
+        out.append(chosen(x[:, start:stop], rope[:, start:stop], cache, mask[start:stop, :stop], False))
+    return torch.cat(out, dim=1)
 
 
 def _array(tensor: torch.Tensor) -> F32:

@@ -13,12 +13,11 @@ from vlmedge.runtimes.huge_pages import Weights
 from vlmedge.runtimes.ort_engine import InferenceSession
 from vlmedge.runtimes.ort_errors import computing, loading
 from vlmedge.runtimes.ort_kv import GrowingKv, KvCache, SharedKv, Slot, slots_of
-from vlmedge.session import F32, Step
+from vlmedge.session import F32, PREFILL_OVER, Step
 from vlmedge.spec import DecoderSpec
 
 DECODER, PREFILL = "decoder_model_merged.onnx", "decoder_prefill.onnx"
 _LONG_TALK = 100  # words of a session after which huge pages pay for themselves
-_PREFILL_OVER = 8  # positions of a call up to which the decoder's own weights are faster than the prefill's
 
 
 class Opener(Protocol):
@@ -64,7 +63,7 @@ class Decoder:
         """Append embeddings float32 [n, width]; see `Session.forward`. A failure leaves the position as it was."""
         start, n = self.position, len(x)
         self.check(n)
-        graph = self._prefill if n > _PREFILL_OVER else self._graph
+        graph = self._prefill if n > PREFILL_OVER else self._graph
         if bidirectional and n > 1 and not graph.takes_prefix:
             raise UnsupportedError("a bidirectional block: this bundle's decoder is causal throughout")
         prefix = start + n if bidirectional else 0
@@ -124,7 +123,7 @@ class DecoderGraph:
             io.bind_cpu_input("attention_mask", self._ones[:, : start + n])
             self._count(prefix_len=prefix, num_logits_to_keep=0 if every else 1)
             _bind_output(io, "logits", logits)
-            self._session.run_with_iobinding(io, self._long_call if n > _PREFILL_OVER else None)
+            self._session.run_with_iobinding(io, self._long_call if n > PREFILL_OVER else None)
             self._kv.collect(io, start, n)
         return Step(logits[0] if every else logits[0, 0], self._hidden[0, 0].copy() if hidden else None)
 

@@ -1,0 +1,134 @@
+"""vlmedge verify: a bundle held against its checkpoint, stage by stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vlmedge.cli.console import json_option, print_json, print_table, quiet_option, shown, threads_option
+from vlmedge.cli.options import pickle_option
+from vlmedge.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from vlmedge.parity.report import Report, StageResult
+
+
+@click.command("verify")
+@click.argument("bundle")
+@click.option(
+    "--against", metavar="CHECKPOINT", help="The original [default: the one that BUNDLE names, where it can be had]."
+)
+@click.option("--images", metavar="DIR", help="Pictures of your own, beside those that are made from formulas.")
+@click.option("--report", metavar="OUT.html|.md|.json", help="Write the whole report.")
+@click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format]")
+@click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
+@pickle_option
+@threads_option
+@quiet_option
+@json_option
+def command(
+    bundle: str,
+    against: str | None,
+    images: str | None,
+    report: str | None,
+    runtime: str | None,
+    provider: str | None,
+    allow_pickle: bool,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Compare BUNDLE with the original and name the first stage at which they part. Exit code 1 where one fails."""
+    write = _writer(report)
+    from vlmedge.parity.verify import pictures_in, verify
+
+    if images is not None and not os.path.isdir(images):
+        raise UsageError(f"--images takes a folder of pictures; {images} is none")
+    own = pictures_in(images) if images is not None else {}
+    if images is not None and not own:
+        raise UsageError(f"{images} holds no pictures")
+    with shown(quiet or as_json) as progress:
+        found = verify(
+            bundle,
+            against,
+            own,
+            runtime=runtime,
+            provider=provider,
+            threads=threads,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    write(found)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+    return 0 if found.passed else 1
+
+
+def _writer(path: str | None) -> Callable[[Report], None]:
+    """What writes the report, found out before anything runs."""
+    if path is None:
+        return lambda report: None
+    from vlmedge.parity.written import ENDINGS, write_report
+
+    target = Path(path)
+    if target.suffix not in ENDINGS:
+        raise UsageError(f"--report takes a name that ends in {', '.join(ENDINGS)}, not '{target.name}'")
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target} cannot be written: there is no folder {target.parent}")
+    return lambda report: write_report(report, target)
+
+
+def _print(report: Report) -> None:
+    from vlmedge.parity.report import TITLES
+
+    rows = [
+        (
+            TITLES[s.stage],
+            s.against or "",
+            s.outcome,
+            _number(s.relative_rms),
+            _number(s.limit),
+            _number(s.max_abs),
+            _more(s),
+        )
+        for s in report.stages
+    ]
+    columns = ("stage", "against", "outcome", "relative RMS", "limit", "largest", "")
+    print_table("", columns, rows, right=("relative RMS", "limit", "largest"))
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    what = f"{report.bundle} ({report.format} {report.profile}, {report.runtime})"
+    if report.failing is None:
+        against = f" with {report.source}" if report.source else " with the reference on its own weights"
+        click.echo(f"{what} agrees{against}, {report.seconds:.1f} s")
+        return
+    stage = report.stages[report.failing]
+    against = f" (against {stage.against})" if stage.against else ""
+    click.echo(f"{what} FAILS at {TITLES[stage.stage]}{against}: {stage.why}")
+    click.echo(f"usually: {report.cause}")
+
+
+def _more(stage: StageResult) -> str:
+    """What a person wants to know beside the numbers: the choices of tokens and boxes."""
+    numbers = stage.numbers or {}
+    words = []
+    if "top1" in numbers:
+        words.append(f"top-1 {numbers['top1']:.0%} of {numbers['positions']:.0f}")
+        words.append(f"KL {numbers['kl_mean']:.1e} (p99 {numbers['kl_p99']:.1e})")
+    if "first_divergence" in numbers:
+        words.append(f"first different {numbers['first_divergence']:.0f}")
+    if "iou" in numbers:
+        words.append(f"IoU {numbers['iou']:.3f}")
+    if stage.ambiguous:
+        words.append(f"{stage.ambiguous} near ties")
+    return ", ".join(words) or (stage.why if stage.outcome in ("skipped", "failed") else "")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}" if value else "0"

@@ -1,0 +1,69 @@
+"""How far apart two results are: relative RMS, largest difference, KL divergence, margins of choices, overlaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmedge.answer import Box
+from vlmedge.session import F32
+
+# Two logits of a normally distributed error part by more than this many times its RMS once in some hundred choices.
+NOISE = 4.0
+
+
+def difference(ours: F32, theirs: F32) -> tuple[float, float]:
+    """Relative RMS (the norm of the difference over the norm of the reference) and the largest absolute difference.
+
+    Both are infinite for arrays of different shapes and for numbers that are not finite.
+    """
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf"), float("inf")
+    scale = float(np.linalg.norm(theirs.astype(np.float64))) or 1.0
+    delta = ours.astype(np.float64) - theirs
+    return float(np.linalg.norm(delta)) / scale, float(np.abs(delta).max(initial=0.0))
+
+
+def finite(value: float) -> float | None:
+    """A number as reports keep it: JSON has no infinity."""
+    return float(value) if np.isfinite(value) else None
+
+
+def pooled(pairs: Sequence[tuple[F32, F32]]) -> tuple[float, float]:
+    """`difference` over all pairs (ours, theirs) as if they were one array."""
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf"), float("inf")
+    return difference(*(np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1)))
+
+
+def kl_divergence(reference: F32, ours: F32) -> float:
+    """KL(reference || ours) in nats of the distributions that two rows of logits float32 [vocab] mean."""
+    p, q = _log_softmax(reference), _log_softmax(ours)
+    return max(0.0, float(np.sum(np.exp(p) * (p - q))))
+
+
+def margin(values: F32, ours: int) -> float:
+    """By how much the best of `values` beats entry `ours`; 0 where that is the best."""
+    return float(values.max() - values[ours])
+
+
+def near_tie(values: F32, ours: int, relative: float) -> bool:
+    """Can an error of `relative` RMS turn the choice among `values` from its best entry to `ours`?"""
+    noise = relative * float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+    return margin(values, ours) <= NOISE * noise
+
+
+def iou(one: Box, two: Box) -> float:
+    """Intersection over union; 0 for boxes without an area."""
+    width = min(one.x_max, two.x_max) - max(one.x_min, two.x_min)
+    height = min(one.y_max, two.y_max) - max(one.y_min, two.y_min)
+    common = max(0.0, width) * max(0.0, height)
+    areas = sum(abs((b.x_max - b.x_min) * (b.y_max - b.y_min)) for b in (one, two))
+    return common / (areas - common) if common else 0.0
+
+
+def _log_softmax(logits: F32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    shifted = logits.astype(np.float64) - float(logits.max())
+    out: np.ndarray[tuple[int], np.dtype[np.float64]] = shifted - np.log(np.sum(np.exp(shifted)))
+    return out

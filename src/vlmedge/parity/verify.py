@@ -1,0 +1,83 @@
+"""verify(): a bundle held against its checkpoint and the reference, stage by stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlmedge.bundle import Manifest, open_bundle
+from vlmedge.errors import CheckpointError, HubError, MissingExtraError
+from vlmedge.loading import Described, SourceLike, describe, missing_for
+from vlmedge.parity.examine import examine
+from vlmedge.parity.report import Report
+from vlmedge.parity.run import run_tests
+from vlmedge.picture import PictureLike, check_picture
+from vlmedge.progress import Progress
+from vlmedge.sources import DEMO
+
+
+def verify(
+    bundle: str | os.PathLike[str],
+    against: SourceLike | None = None,
+    images: Mapping[str, PictureLike] | None = None,
+    *,
+    runtime: str | None = None,
+    provider: str | None = None,
+    threads: int | None = None,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a bundle with its checkpoint, and its runtime with the reference, and say where they part.
+
+    `against`: the checkpoint, as `load` takes it; by default the one that the manifest names, where that can be had,
+    else the bundle is compared with the reference on its own weights only. `images`: pictures beside those made from
+    formulas, by name. Raises BundleError for a file whose hash is wrong, before anything runs, CheckpointError for
+    another model's checkpoint, MissingExtraError without PyTorch, RuntimeFailedError without the bundle's runtime.
+    A stage that fails is no exception: see `Report.passed`.
+    """
+    progress, images = progress or Progress(), images or {}
+    if missing_for("checkpoint") is not None:
+        raise MissingExtraError("verifying", "torch")
+    for source in images.values():
+        if isinstance(source, (str, os.PathLike)):
+            check_picture(source)
+    opened = open_bundle(bundle)
+    progress.stage("comparing hashes")
+    opened.check()
+    original = _original(opened.manifest, against, allow_pickle, progress)
+    progress.stage("running the bundle")
+    ran = run_tests(opened, images, runtime=runtime, provider=provider, threads=threads)
+    return examine(opened, ran, original, threads=threads, progress=progress)
+
+
+def pictures_in(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Every file of a folder that is a picture by its name's ending, in alphabetical order."""
+    from PIL import Image
+
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings and path.is_file())
+    return {path.name: path for path in found}
+
+
+def _original(
+    manifest: Manifest, against: SourceLike | None, allow_pickle: bool, progress: Progress
+) -> Described | None:
+    """The named checkpoint, or the manifest's; None where the manifest's is a folder somewhere or cannot be had."""
+    if against is not None:
+        found = describe(against, allow_pickle=allow_pickle, progress=progress)
+        if found.spec.tensors() != manifest.model.tensors():
+            raise CheckpointError(
+                f"{against} is another model than the bundle's: a {found.spec.family} with other tensors; "
+                f"the bundle was made from {manifest.source.label}"
+            )
+        return found
+    source = manifest.source
+    if not source.repo and not source.label.startswith(DEMO):
+        return None
+    name = f"{source.repo}@{source.commit or source.revision}" if source.repo else source.label
+    try:
+        return describe(name, allow_pickle=allow_pickle, progress=progress)
+    except HubError as error:
+        progress.note(f"{name} cannot be had, the bundle is compared with its own weights only: {error}")
+        return None
