@@ -15,6 +15,8 @@ _LONGEST = 1000  # characters of an error; names out of damaged files can be eno
 VERBS = {
     "export": "vlmedge.cli.export:command",
     "run": "vlmedge.cli.run:command",
+    "verify": "vlmedge.cli.verify:command",
+    "eval": "vlmedge.cli.eval:command",
     "plan": "vlmedge.cli.plan:command",
     "inspect": "vlmedge.cli.inspect:command",
     "models": "vlmedge.cli.models:command",

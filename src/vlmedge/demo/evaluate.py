@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vlmedge.demo.questions import Question, questions
-from vlmedge.demo.scene import Box, Scene, draw, scene
+from vlmedge.demo.scene import Scene, draw, scene
+from vlmedge.prompt import Reference
+from vlmedge.scoring import match_boxes, match_points
 
 TEST = 2_000_003  # the seed of the pictures that accuracy is reported on; training and its checks never draw them
 
@@ -129,7 +131,7 @@ def _ask(score: Score, model: Sighted, content: Scene, image: Any, question: Que
     score.right[question.kind] = score.right.get(question.kind, 0) + right
 
 
-def spatial_refs(content: Scene, question: Question) -> tuple[tuple[float, ...], ...]:
+def spatial_refs(content: Scene, question: Question) -> tuple[Reference, ...]:
     """What a question points at, as `query` takes it: a point (x, y) or a box, or nothing."""
     if question.refers is None:
         return ()
@@ -139,28 +141,14 @@ def spatial_refs(content: Scene, question: Question) -> tuple[tuple[float, ...],
 
 
 def _boxes(score: Score, content: Scene, question: Question, found: Sequence[Any]) -> bool:
-    left = [Box(b.x_min, b.y_min, b.x_max, b.y_max) for b in found]
-    hits = 0
-    for index in question.targets:
-        best = max(left, key=lambda box: overlap(content.things[index].box, box), default=None)
-        if best is None:
-            continue
-        share = overlap(content.things[index].box, best)
-        score.overlap += share
-        if share >= 0.5:
-            hits += 1
-            left.remove(best)
+    hits, overlap = match_boxes([content.things[i].box for i in question.targets], found)
+    score.overlap += overlap
     return _count(score, "detect", question, hits, len(found))
 
 
 def _points(score: Score, content: Scene, question: Question, found: Sequence[Any]) -> bool:
-    left = [(p.x * content.width, p.y * content.height) for p in found]
-    hits = 0
-    for index in question.targets:
-        inside = [at for at in left if content.things[index].holds(*at)]
-        if inside:
-            hits += 1
-            left.remove(inside[0])
+    at = [(p.x * content.width, p.y * content.height) for p in found]
+    hits = match_points([content.things[i].holds for i in question.targets], at)
     return _count(score, "point", question, hits, len(found))
 
 
@@ -168,12 +156,3 @@ def _count(score: Score, skill: str, question: Question, hits: int, found: int) 
     score.things[skill] = score.things.get(skill, 0) + len(question.targets)
     score.hits[skill] = score.hits.get(skill, 0) + hits
     return hits == len(question.targets) == found
-
-
-def overlap(one: Box, two: Box) -> float:
-    """Intersection over union."""
-    width = min(one.x_max, two.x_max) - max(one.x_min, two.x_min)
-    height = min(one.y_max, two.y_max) - max(one.y_min, two.y_min)
-    common = max(0.0, width) * max(0.0, height)
-    areas = sum((b.x_max - b.x_min) * (b.y_max - b.y_min) for b in (one, two))
-    return common / (areas - common) if common else 0.0

@@ -108,17 +108,17 @@ def _rows(model: StreamedReference, forward: Forward, own: tuple[Sequence[F32], 
     assert forward.rows is not None
     if own is None:
         return forward.rows
-    return np.stack([_row(model, o, row, *own) for o, row in zip(forward.origins, forward.rows, strict=True)])
+    return np.concatenate([_row(model, o, row, *own) for o, row in zip(forward.origins, forward.rows, strict=True)])
 
 
 def _row(
     model: StreamedReference, origin: Origin, given: F32, projected: Sequence[F32], heads: Mapping[int, F32]
 ) -> F32:
     if origin.kind == "projection":
-        return projected[origin.call][origin.row]
+        return projected[origin.call][origin.row : origin.row + 1]
     if origin.kind == "id":
-        return model.embed(np.array([origin.call], np.int32))[0]
-    return heads[origin.call] if origin.kind == "head" else given
+        return model.embed(np.array([origin.call], np.int32))
+    return heads[origin.call][None] if origin.kind == "head" else given[None]
 
 
 def _decoded(model: StreamedReference, record: Record, rows: Sequence[F32]) -> tuple[tuple[F32, ...], dict[int, F32]]:
@@ -127,7 +127,8 @@ def _decoded(model: StreamedReference, record: Record, rows: Sequence[F32]) -> t
     for i in range(len(record.forwards)):
         trees.setdefault(record.root(i), []).append(i)
     decoded = model.decode([_tree(record, calls, rows) for calls in trees.values()])
-    logits, hidden = {}, {}
+    logits: dict[int, F32] = {}
+    hidden: dict[int, F32] = {}
     for calls, found in zip(trees.values(), decoded, strict=True):
         logits |= dict(zip(calls, found.logits, strict=True))
         hidden |= dict(zip(calls, found.hidden, strict=True))

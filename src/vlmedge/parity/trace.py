@@ -20,7 +20,7 @@ from vlmedge.parity.record import Record, Recorder, Sight
 from vlmedge.picture import PictureLike
 from vlmedge.prompt import PictureSpan, TokenRun, render
 from vlmedge.regions import RegionDecoder
-from vlmedge.session import F32
+from vlmedge.session import F32, U8
 from vlmedge.skills import Model
 from vlmedge.spec import Ids, Image, ModelSpec, PromptSpec
 
@@ -138,8 +138,9 @@ def _regions(model: Model, talk: Conversation) -> dict[str, tuple[Box | Point, .
 
     A stop token ends nothing here: a model that sees no object would leave the loop untried.
     """
-    spec, out = model.spec, {}
+    spec = model.spec
     assert spec.region is not None
+    out: dict[str, tuple[Box | Point, ...]] = {}
     region = RegionDecoder(spec.region, talk)
     for skill in ("detect", "point"):
         if skill in spec.prompt.templates:
@@ -170,7 +171,7 @@ def _look(model: Model, recorder: Recorder, own: Mapping[str, PictureLike]) -> N
             asked.detect(pixels, THING, max_objects=OBJECTS)
 
 
-def _sight(name: str, pixels: picture.U8, crops: picture.U8, recorder: Recorder) -> Sight:
+def _sight(name: str, pixels: U8, crops: U8, recorder: Recorder) -> Sight:
     last = len(recorder.record.projections) - 1
     tiling = recorder.record.projections[last].tiling
     if tiling == (1, 1) and len(crops) == 1:  # a single local crop equals the global one and is encoded once

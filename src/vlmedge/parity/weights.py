@@ -59,7 +59,7 @@ def compare_weights(
         for name, tensor in stored.tensors.items():
             wanted, grain = original[name.partition("#")[0]], stored.grains[name]
             errors = list(pool.map(lambda at, a=wanted, b=tensor, g=grain: _block(a, b, g, *at), _units(tensor)))
-            error = _Error(*(f(getattr(e, key) for e in errors) for key, f in _FOLD.items()))
+            error = _total(errors)
             progress.advance(tensor.size)
             worst, most, value = max(worst, error.rms), max(most, error.most), max(value, error.value)
             total = sums.setdefault(component(name), [0.0, 0.0])
@@ -74,7 +74,9 @@ def compare_weights(
     return StageResult("weights", None, outcome, finite(relative), finite(value), None, told, 0, wrong)
 
 
-_FOLD = {"squares": math.fsum, "norm": math.fsum, "most": max, "rms": max, "value": max}
+def _total(errors: list[_Error]) -> _Error:
+    squares, norm = math.fsum(e.squares for e in errors), math.fsum(e.norm for e in errors)
+    return _Error(squares, norm, max(e.most for e in errors), max(e.rms for e in errors), max(e.value for e in errors))
 
 
 def _why(name: str, error: _Error) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from vlmedge.parity import markdown, page
 from vlmedge.parity.report import Report
 from vlmedge.staging import write_text
 
-_WRITERS = {
+_WRITERS: dict[str, Callable[[Report], str]] = {
     ".html": page.render,
     ".md": markdown.render,
     ".json": lambda report: json.dumps(report.as_dict(), ensure_ascii=False, allow_nan=False, indent=1) + "\n",

@@ -72,7 +72,7 @@ class StreamedReference:
         layer = VisionLayer(spec)
         for i in range(spec.layers):
             self._filled(layer, f"vision.layers.{i}.")
-            x = torch.cat([layer(part) for part in x.split(_CROPS_AT_ONCE)])
+            x = torch.cat([layer(part) for part in torch.split(x, _CROPS_AT_ONCE)])
         return _array(shell.normed(x))
 
     @computing
