@@ -16,6 +16,7 @@ VERBS = {
     "export": "vlmedge.cli.export:command",
     "run": "vlmedge.cli.run:command",
     "verify": "vlmedge.cli.verify:command",
+    "selftest": "vlmedge.cli.selftest:command",
     "eval": "vlmedge.cli.eval:command",
     "plan": "vlmedge.cli.plan:command",
     "inspect": "vlmedge.cli.inspect:command",

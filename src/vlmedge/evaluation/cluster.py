@@ -1,0 +1,258 @@
+"""An evaluation on a Ray cluster: small parts of it as tasks, whose answers are taken as they come back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+from vlmedge import __version__, errors
+from vlmedge.errors import MissingExtraError, RuntimeFailedError, UsageError, VlmedgeError
+from vlmedge.evaluation.dataset import DEMO, open_dataset
+from vlmedge.evaluation.job import Shard, Task, answer, todo
+from vlmedge.evaluation.row import Row, read_row
+from vlmedge.families import known_models
+from vlmedge.loading import names_bundle
+from vlmedge.progress import Progress
+from vlmedge.records import decode
+from vlmedge.sources import DEMO as DEMO_SOURCE
+
+QUESTIONS = 32  # of a part: what a dead machine costs at most; opening the model takes as long as a few of them
+THREADS = 4  # of a part, unless the user says otherwise: a copy of the model for so many cores
+RETRIES = 5  # of a part whose process or machine died; one that kills its process is not tried for ever
+PATIENCE = 10.0  # seconds without an answer before the nodes are counted
+ANSWERS = 10.0  # seconds that an address has to accept a connection
+
+# Ray reports usage and copies a `uv run` project to the workers unless told; and it asks a port that is no Ray's
+# 20 times for 40 s each.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+}
+_ADDRESS = re.compile(r"(ray://)?(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
+
+Ray: TypeAlias = Any  # the module: it is optional, and without types
+# (this vlmedge's version, the shard as JSON, ids that are answered) -> `answer_part`'s JSON.
+Errand: TypeAlias = Callable[[str, str, list[str]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one Ray task answers: a shard, the ids that it leaves out, those that it answers, and who takes them."""
+
+    shard: Shard
+    done: list[str]
+    left: set[str]
+    emit: Callable[[Row], None]
+
+
+def run(tasks: list[Task], progress: Progress, *, address: str) -> None:
+    """Answer the tasks on the cluster at `address`: HOST:PORT, ray://HOST:PORT or "auto".
+
+    Each goes in parts of about 32 questions, which take `Shard.threads` CPUs (by default 4, or as many as the smallest
+    node has). Ray begins a part again whose process or machine died; each question is emitted once. Where this
+    process is connected already, that cluster is used and stays connected. Standard output is silent meanwhile: Ray
+    would print the logs of a lost machine there.
+
+    Raises MissingExtraError without Ray, UsageError for an address that is none or more threads than a node has CPUs,
+    RuntimeFailedError for a cluster that cannot be reached or a part that was lost six times, and what
+    `job.answer` raised on a node. What was emitted before is kept.
+    """
+    with _connected(address) as ray:
+        cpus = _cpus(ray)
+        threads = _threads(tasks, cpus)
+        slots = sum(cpu // threads for cpu in cpus)
+        errand = ray.remote(num_cpus=threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(_errand())
+        parts = [part for task in tasks for part in split(task, threads, slots)]
+        sent = {errand.remote(__version__, json.dumps(asdict(p.shard)), p.done): p for p in parts}
+        try:
+            _collect(ray, sent, threads, progress)
+        finally:
+            for left in sent:  # after an error or Ctrl-C
+                ray.cancel(left, force=True)
+
+
+def split(task: Task, threads: int, slots: int) -> list[Part]:
+    """The parts of a task that have something to answer: of about 32 questions, and at least one for each of `slots`.
+
+    A picture is never divided. Files get absolute paths: a worker runs in another folder.
+    """
+    data = task.shard.data if task.shard.data == DEMO else os.path.abspath(task.shard.data)
+    shard = replace(task.shard, source=_source(task.shard.source), data=data, threads=threads)
+    dataset = open_dataset(shard.data, shard.pictures)
+    left = todo(dataset, shard, task.done)
+    questions = sum(len(asked) for _, asked in left)
+    parts = []
+    for part in shard.split(min(len(left), max(-(-questions // QUESTIONS), slots)) or 1):
+        asked = {q.id for _, questions in todo(dataset, part, task.done) for q in questions}
+        mine = dataset.pictures[part.index :: part.count]
+        done = [q.id for picture in mine for q in picture.questions if q.id in task.done]
+        if asked:
+            parts.append(Part(part, done, asked, task.emit))
+    return parts
+
+
+def answer_part(shard: str, done: list[str]) -> str:
+    """What runs on a worker: answer a shard (JSON of `Shard`) but for the ids `done`.
+
+    Returns JSON: `rows` (of `Row`), or `error` (the class of a VlmedgeError) and its `text`. Errors go as data, because
+    Ray would wrap them in its own and run into those that cannot be pickled.
+    """
+    rows: list[Row] = []
+    try:
+        asked = decode(Shard, json.loads(shard), "the shard")
+        _check_files(asked)
+        answer(asked, frozenset(done), rows.append)
+    except VlmedgeError as error:
+        return json.dumps({"error": type(error).__name__, "text": f"on the node {socket.gethostname()}: {error}"})
+    return json.dumps({"rows": [row.as_dict() for row in rows]})
+
+
+def _errand() -> Errand:
+    """The task. Ray sends a nested function by value: it arrives where vlmedge is missing or another, and says so."""
+
+    def evaluate(version: str, shard: str, done: list[str]) -> str:
+        import json
+        import socket
+
+        node = socket.gethostname()
+        try:
+            from vlmedge import __version__ as found
+        except ModuleNotFoundError:
+            found = "none"
+        if found != version:
+            text = f"the node {node} has vlmedge {found}, this machine {version}: pip install vlmedge=={version} there"
+            return json.dumps({"error": "RuntimeFailedError", "text": text})
+        from vlmedge.evaluation.cluster import answer_part
+
+        return answer_part(shard, done)
+
+    return evaluate
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Ray]:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise MissingExtraError("--ray", "ray") from None
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        if ray.is_initialized():
+            yield ray
+            return
+        _check_address(address)
+        try:
+            ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise RuntimeFailedError(
+                f"the Ray cluster at {address} cannot be used: {_line(error)}; docs/eval.md says what it needs"
+            ) from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would ask for minutes."""
+    if address == "auto":
+        return
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[3]) > 65535:
+        raise UsageError(f"--ray takes HOST:PORT, ray://HOST:PORT or auto, not '{address}'")
+    if match[1] and find_spec("grpc") is None:
+        raise UsageError(f"{address} needs Ray's client: pip install 'ray[client]', or give HOST:PORT on a node")
+    try:
+        socket.create_connection((match[2].strip("[]"), int(match[3])), ANSWERS).close()
+    except OSError as error:
+        raise RuntimeFailedError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; "
+            "start one (ray start --head) or leave out --ray"
+        ) from None
+
+
+def _cpus(ray: Ray) -> list[int]:
+    """Of each node that lives and computes."""
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return [cpu for cpu in cpus if cpu]
+
+
+def _threads(tasks: list[Task], cpus: list[int]) -> int:
+    """How many CPUs a part takes."""
+    asked = max((task.shard.threads or 0 for task in tasks), default=0)
+    if not cpus:
+        raise RuntimeFailedError("no node of the Ray cluster offers a CPU; add one (ray start --address ...)")
+    if asked > max(cpus):
+        raise UsageError(f"--threads {asked} is more than any node of the Ray cluster has; the largest has {max(cpus)}")
+    return asked or min(THREADS, *cpus)
+
+
+def _collect(ray: Ray, sent: dict[Any, Part], threads: int, progress: Progress) -> None:
+    """Take what comes back out of `sent`, until it is empty."""
+    told = False
+    while sent:
+        ready, _ = ray.wait(list(sent), timeout=PATIENCE)
+        for reference in ready:
+            reply = _reply(ray, reference)
+            _take(sent.pop(reference), reply, progress)
+        alone = not ready and max(_cpus(ray), default=0) < threads
+        if alone and not told:
+            progress.note(f"no node of the Ray cluster has {threads} CPUs any more; waiting for one")
+        told = alone
+
+
+def _reply(ray: Ray, reference: Any) -> dict[str, Any]:
+    try:
+        reply: dict[str, Any] = json.loads(ray.get(reference))
+    except ray.exceptions.RayTaskError:
+        raise  # a bug: it carries the worker's traceback
+    except ray.exceptions.OutOfMemoryError:
+        raise RuntimeFailedError("a node of the Ray cluster ran out of memory; give a higher --threads") from None
+    except ray.exceptions.RayError as error:
+        raise RuntimeFailedError(f"a part of the evaluation was lost {RETRIES + 1} times: {_line(error)}") from None
+    return reply
+
+
+def _take(part: Part, reply: dict[str, Any], progress: Progress) -> None:
+    """Emit the rows, each id once; or raise what the worker raised."""
+    if "error" in reply:
+        kind: type[VlmedgeError] = getattr(errors, reply["error"])
+        raise kind.__new__(kind, reply["text"])  # as it stands: some classes compose their text
+    for data in reply["rows"]:
+        row = read_row(data, "an answer of a Ray worker")
+        if row.id in part.left:
+            part.left.remove(row.id)
+            part.emit(row)
+            progress.advance(1)
+
+
+def _check_files(shard: Shard) -> None:
+    for path in (shard.source, shard.data):
+        if os.path.isabs(path) and not os.path.exists(path):
+            raise UsageError(
+                f"there is no {path}; put it in a folder that all nodes share under the same path, "
+                "or name a hub or demo source"
+            )
+
+
+def _source(source: str) -> str:
+    """A folder by its absolute path; a name as it is."""
+    path = os.path.expanduser(source)
+    named = source.startswith(DEMO_SOURCE) or source.partition("@")[0] in known_models()
+    return os.path.abspath(path) if names_bundle(source) or (os.path.exists(path) and not named) else source
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of what Ray says, which may be a page."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.split(r"(?<=[.!]) |; ", text)[0].rstrip(".")[:300]
