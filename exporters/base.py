@@ -98,12 +98,13 @@ class Readback:
     """What an export's files hold, in canonical words: verification compares it with the checkpoint.
 
     `tensors`: every canonical tensor, dequantized as it is read (`NAME#prefill` for a second copy); `grains` of the
-    same names. `facts`: dotted path into the ModelSpec ("decoder.norm_eps") -> the value that the files state; a
-    format whose files state nothing has none.
+    same names, and `bytes` that each takes, scales and padding included. `facts`: dotted path into the ModelSpec
+    ("decoder.norm_eps") -> the value that the files state; a format whose files state nothing has none.
     """
 
     tensors: Mapping[str, Tensor]
     grains: Mapping[str, Grain]
+    bytes: Mapping[str, int]
     facts: Mapping[str, Any]
 
 

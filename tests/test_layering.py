@@ -17,6 +17,7 @@ FOLDERS = {
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("ablation",),
     ("pipeline", "evaluation"),
     ("parity", "device_bench", "demo", "manifest"),
     ("loading",),

@@ -42,11 +42,13 @@ def read_back(spec: ModelSpec, folder: Path) -> Readback:
             raise BundleError(f"{folder / file} has no tensor for {name}; export it again")
         stored[name] = PaddedTensor(*places[name], name, shape)
     tensors: dict[str, Tensor] = {name: stored[name] for name in spec.tensors()}
+    sizes = {name: stored[name].bytes for name in tensors}
     grains = {name: GRAINS[stored[name].kind.name] for name in tensors}
     if LOCAL in stored:
         tensors[JOINED] = UnfoldedTensor(stored[JOINED], stored[LOCAL])
+        sizes[JOINED] += stored[LOCAL].bytes
         grains[JOINED] = _coarser(grains[JOINED], GRAINS[stored[LOCAL].kind.name])
-    return Readback(tensors, grains, read_facts(text[0], mmproj))
+    return Readback(tensors, grains, sizes, read_facts(text[0], mmproj))
 
 
 class PaddedTensor(Tensor):
@@ -66,6 +68,11 @@ class PaddedTensor(Tensor):
         self._stored_rows = outer[0] if len(outer) > 1 else 1
         self._stored_columns = self.columns if len(outer) > 2 else outer[-1]
         self._data = file.data[stored.offset : stored.offset + stored.bytes]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in the file, padding included."""
+        return int(self._data.nbytes)
 
     def read_rows(self, start: int, stop: int) -> F32:
         """Rows start..stop as float32; raises BundleError where padding behind them is not zero."""

@@ -6,6 +6,7 @@ The inverse of the exporter, without its builder: what a matrix is follows from 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,17 @@ _Parts = tuple[StoredArray, StoredArray | None, StoredArray | None]  # codes, sc
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One canonical tensor in one graph. `place`: data file, offset and first row, the same for the same bytes."""
+    """One canonical tensor in one graph. `place`: data file, offset and first row, the same for the same bytes.
+
+    `bytes`: its share of the stored arrays, by rows.
+    """
 
     source: str
     graph: str
     place: tuple[Path, int, int]
     tensor: Tensor
     grain: Grain
+    bytes: int
 
 
 def read_graphs(spec: ModelSpec, folder: Path) -> Readback:
@@ -59,6 +64,7 @@ def read_graphs(spec: ModelSpec, folder: Path) -> Readback:
     return Readback(
         {name: found.tensor for name, found in named.items()},
         {name: found.grain for name, found in named.items()},
+        {name: found.bytes for name, found in named.items()},
         facts_of({graph.name: graph for graph in graphs}),
     )
 
@@ -101,17 +107,22 @@ def _name(found: Found, number: int) -> str:
 
 def _found(graph: GraphFile, shapes: Mapping[str, Shape]) -> Iterator[Found]:
     """Every canonical tensor that a graph holds."""
+    sizes: Counter[str] = Counter()
+    for array in graph.arrays.values():
+        base, role = _parted(array.name)
+        sizes[base] += array.bytes if role != "kv_scale" else 0
     for array in graph.arrays.values():
         base, role = _parted(array.name)
         if role in ("scales", "zeros", "kv_scale"):
             continue
         sources = _sources(graph, base.removesuffix("#prefill"), shapes)
         tensor, grain = _matrix(graph, array, _stacked(graph, sources, shapes))
-        at = 0
+        at, whole = 0, sum(shapes[source][0] for source in sources)
         for source in sources:
             rows = shapes[source][0]
             piece = tensor if len(sources) == 1 else RowSlice(tensor, at, at + rows)
-            yield Found(source, graph.name, (array.file, array.offset, at), piece, grain)
+            share = sizes[base] * rows // whole
+            yield Found(source, graph.name, (array.file, array.offset, at), piece, grain, share)
             at += rows
 
 

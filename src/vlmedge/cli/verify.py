@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,7 @@ from vlmedge.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from vlmedge.parity.report import Report, StageResult
+    from vlmedge.progress import Progress
 
 
 @click.command("verify")
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 @click.option("--report", metavar="OUT.html|.md|.json", help="Write the whole report.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format]")
 @click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
+@click.option("--ablate", is_flag=True, help="Also quantize one part at a time, and show what each costs and saves.")
+@click.option(
+    "--data", metavar="demo|FILE.jsonl", help="With --ablate: questions to ask [default: demo's, for a demo]."
+)
+@click.option("--pictures", type=click.IntRange(1), metavar="N", help="Of --data, the first N [default: 20 of demo].")
 @pickle_option
 @threads_option
 @quiet_option
@@ -37,12 +43,16 @@ def command(
     report: str | None,
     runtime: str | None,
     provider: str | None,
+    ablate: bool,
+    data: str | None,
+    pictures: int | None,
     allow_pickle: bool,
     threads: int | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
     """Compare BUNDLE with the original and name the first stage at which they part. Exit code 1 where one fails."""
+    _check_unused(ablate, data, pictures, runtime, provider)
     write = _writer(report)
     from vlmedge.parity.verify import pictures_in, verify
 
@@ -51,23 +61,44 @@ def command(
     own = pictures_in(images) if images is not None else {}
     if images is not None and not own:
         raise UsageError(f"{images} holds no pictures")
+    given: dict[str, Any] = {"threads": threads, "allow_pickle": allow_pickle}
     with shown(quiet or as_json) as progress:
-        found = verify(
-            bundle,
-            against,
-            own,
-            runtime=runtime,
-            provider=provider,
-            threads=threads,
-            allow_pickle=allow_pickle,
-            progress=progress,
-        )
+        if ablate:
+            found = _ablated(bundle, against, own, data, pictures, progress, given)
+        else:
+            found = verify(bundle, against, own, runtime=runtime, provider=provider, progress=progress, **given)
     write(found)
     if as_json:
         print_json(found.as_dict())
     else:
         _print(found)
     return 0 if found.passed else 1
+
+
+_DEMO_PICTURES = 20
+
+
+def _check_unused(ablate: bool, data: str | None, pictures: int | None, *choices: str | None) -> None:
+    if (data is not None or pictures is not None) and not ablate:
+        raise UsageError("--data and --pictures go with --ablate; 'vlmedge eval' asks without it")
+    if ablate and any(choices):
+        raise UsageError("--runtime and --provider do not go with --ablate, which measures weights")
+
+
+def _ablated(
+    bundle: str,
+    against: str | None,
+    own: Mapping[str, Path],
+    data: str | None,
+    pictures: int | None,
+    progress: Progress,
+    given: dict[str, Any],
+) -> Report:
+    from vlmedge.ablation import ablate, questions_for
+
+    asked = data or questions_for(Path(bundle), against)
+    count = pictures or (_DEMO_PICTURES if asked == "demo" else None)
+    return ablate(bundle, against, own, data=asked, pictures=count, progress=progress, **given)
 
 
 def _writer(path: str | None) -> Callable[[Report], None]:
@@ -101,6 +132,8 @@ def _print(report: Report) -> None:
     ]
     columns = ("stage", "against", "outcome", "relative RMS", "limit", "largest", "")
     print_table("", columns, rows, right=("relative RMS", "limit", "largest"))
+    if report.parts:
+        _print_parts(report)
     for note in report.notes:
         click.echo(f"note: {note}")
     what = f"{report.bundle} ({report.format} {report.profile}, {report.runtime})"
@@ -112,6 +145,29 @@ def _print(report: Report) -> None:
     against = f" (against {stage.against})" if stage.against else ""
     click.echo(f"{what} FAILS at {TITLES[stage.stage]}{against}: {stage.why}")
     click.echo(f"usually: {report.cause}")
+
+
+def _print_parts(report: Report) -> None:
+    """What each part costs, all others being the original's."""
+    asked = any(part.right is not None for part in report.parts)
+    columns = ["MB", "saves MB", "KL", "KL p99", "top-1", "IoU", *(["right", "lost", "won"] if asked else [])]
+    rows = []
+    for p in report.parts:
+        numbers = [
+            f"{p.bytes / 1e6:,.2f}",
+            f"{p.saved / 1e6:,.2f}",
+            f"{p.kl_mean:.1e}",
+            f"{p.kl_p99:.1e}",
+            f"{p.top1:.1%}",
+        ]
+        numbers.append("" if p.iou is None else f"{p.iou:.3f}")
+        numbers += ["" if p.right is None else f"{p.right:.1%}", str(p.lost), str(p.won)] if asked else []
+        rows.append((p.part, *numbers))
+    positions = report.parts[0].positions
+    click.echo(
+        f"one part quantized at a time, beside the original on {positions} tokens; all: every part; runtime: the bundle"
+    )
+    print_table("", ("part", *columns), rows, right=columns)
 
 
 def _more(stage: StageResult) -> str:

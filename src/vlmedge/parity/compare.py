@@ -135,7 +135,7 @@ def _box_stage(
     choices = [choice for h, wanted in read for choice in _bins(h, wanted)]
     parted = [(ours, theirs) for ours, theirs in choices if ours.argmax() != theirs.argmax()]
     wrong = [p for p in parted if limit is not None and not near_tie(p[1], int(p[0].argmax()), limit)]
-    overlaps = [iou(a, b) for a, b in _boxes(read, spec)]
+    overlaps = box_overlaps(read, spec)
     numbers: dict[str, float] = {"bins": len(choices), "equal": len(choices) - len(parted)}
     if overlaps:
         numbers |= {"iou": float(np.mean(overlaps)), "iou_least": min(overlaps)}
@@ -156,16 +156,21 @@ def _bins(head: Head, wanted: F32) -> Iterator[tuple[F32, F32]]:
         yield from zip(head.outputs.reshape(rows, -1), wanted.reshape(rows, -1), strict=True)
 
 
-def _boxes(read: Sequence[tuple[Head, F32]], spec: RegionSpec) -> Iterator[tuple[Box, Box]]:
-    """Each box of the export beside the reference's: two coordinates, then a size. Points have no overlap."""
+def box_overlaps(read: Sequence[tuple[Head, F32]], spec: RegionSpec) -> list[float]:
+    """IoU of each box of the export with the one that the reference's outputs make; points have none.
+
+    `read`: decoder heads in the order of their calls, each with the reference's output: two coordinates, then a size.
+    """
     held: list[tuple[float, float]] = []
+    out = []
     for head, wanted in read:
         if head.name == "coord_decoder":
             held.append((coordinate_of(head.outputs), coordinate_of(wanted)))
-        elif len(held) >= 2:
+        elif head.name == "size_decoder" and len(held) >= 2:
             (x, x_), (y, y_) = held[-2:]
-            yield _box(x, y, *size_of(head.outputs, spec)), _box(x_, y_, *size_of(wanted, spec))
+            out.append(iou(_box(x, y, *size_of(head.outputs, spec)), _box(x_, y_, *size_of(wanted, spec))))
             held.clear()
+    return out
 
 
 def _box(x: float, y: float, width: float, height: float) -> Box:

@@ -79,12 +79,38 @@ class TokenResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PartResult:
+    """What quantizing one part costs, all others being the original's, and what it saves.
+
+    `part`: one of `attribution.PARTS`; "all": every part together; "runtime": the bundle itself, whose runtime rounds
+    activations and the KV cache too. `bytes` as stored, `saved` beside the checkpoint's own. KL divergence in nats
+    over `positions` tokens; `top1`: share of equal choices; `logits`: relative RMS; `iou`: mean overlap of boxes, None
+    where the model has none. `right`: share of questions
+    answered right, `lost` and `won` those that turned, beside the original; None where no questions were asked.
+    """
+
+    part: str
+    weights: int
+    bytes: int
+    saved: int
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    logits: float
+    iou: float | None = None
+    right: float | None = None
+    lost: int | None = None
+    won: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """A whole verification.
 
     `stages` in the order of STAGES, "stored" before "original". `limits`: comparison -> why its limits are what they
     are. `failing`: index into `stages` of the first that failed, None where none did; `cause`: what usually causes a
-    failure there. `notes`: what could not be compared and why.
+    failure there. `notes`: what could not be compared and why. `parts`: what each costs, where that was asked for.
     """
 
     schema: Literal["vlmedge.verification/1"]
@@ -107,6 +133,7 @@ class Report:
     seconds: float
     peak_rss_mb: float | None
     environment: dict[str, str]
+    parts: tuple[PartResult, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmedge.bundle import Manifest, open_bundle
+from vlmedge.bundle import Bundle, Manifest, open_bundle
 from vlmedge.errors import CheckpointError, HubError, MissingExtraError
 from vlmedge.loading import Described, SourceLike, describe, missing_for
 from vlmedge.parity.examine import examine
@@ -36,19 +36,31 @@ def verify(
     another model's checkpoint, MissingExtraError without PyTorch, RuntimeFailedError without the bundle's runtime.
     A stage that fails is no exception: see `Report.passed`.
     """
-    progress, images = progress or Progress(), images or {}
+    progress = progress or Progress()
+    found, original = opened(bundle, against, images or {}, allow_pickle=allow_pickle, progress=progress)
+    progress.stage("running the bundle")
+    ran = run_tests(found, images, runtime=runtime, provider=provider, threads=threads)
+    return examine(found, ran, original, threads=threads, progress=progress)
+
+
+def opened(
+    bundle: str | os.PathLike[str],
+    against: SourceLike | None,
+    images: Mapping[str, PictureLike],
+    *,
+    allow_pickle: bool,
+    progress: Progress,
+) -> tuple[Bundle, Described | None]:
+    """A bundle whose hashes are right, and its checkpoint, or None; the arguments and errors are those of `verify`."""
     if missing_for("checkpoint") is not None:
         raise MissingExtraError("verifying", "torch")
     for source in images.values():
         if isinstance(source, (str, os.PathLike)):
             check_picture(source)
-    opened = open_bundle(bundle)
+    found = open_bundle(bundle)
     progress.stage("comparing hashes")
-    opened.check()
-    original = _original(opened.manifest, against, allow_pickle, progress)
-    progress.stage("running the bundle")
-    ran = run_tests(opened, images, runtime=runtime, provider=provider, threads=threads)
-    return examine(opened, ran, original, threads=threads, progress=progress)
+    found.check()
+    return found, _original(found.manifest, against, allow_pickle, progress)
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> dict[str, Path]:
