@@ -148,26 +148,12 @@ def _print(report: Report) -> None:
 
 
 def _print_parts(report: Report) -> None:
-    """What each part costs, all others being the original's."""
-    asked = any(part.right is not None for part in report.parts)
-    columns = ["MB", "saves MB", "KL", "KL p99", "top-1", "IoU", *(["right", "lost", "won"] if asked else [])]
-    rows = []
-    for p in report.parts:
-        numbers = [
-            f"{p.bytes / 1e6:,.2f}",
-            f"{p.saved / 1e6:,.2f}",
-            f"{p.kl_mean:.1e}",
-            f"{p.kl_p99:.1e}",
-            f"{p.top1:.1%}",
-        ]
-        numbers.append("" if p.iou is None else f"{p.iou:.3f}")
-        numbers += ["" if p.right is None else f"{p.right:.1%}", str(p.lost), str(p.won)] if asked else []
-        rows.append((p.part, *numbers))
-    positions = report.parts[0].positions
-    click.echo(
-        f"one part quantized at a time, beside the original on {positions} tokens; all: every part; runtime: the bundle"
-    )
-    print_table("", ("part", *columns), rows, right=columns)
+    """What each part costs."""
+    from vlmedge.parity import parts
+
+    click.echo(parts.sentence(report))
+    titles = parts.columns(report)
+    print_table("", ("part", *titles), parts.rows(report), right=titles)
 
 
 def _more(stage: StageResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from vlmedge.parity import summary
+from vlmedge.parity import parts, summary
 from vlmedge.parity.report import Report
 from vlmedge.parity.summary import GROUPS
 from vlmedge.webpage.markup import printable
@@ -20,17 +20,18 @@ _READINGS = 50
 def render(report: Report) -> str:
     """The text of the Markdown file."""
     found = summary.verdict(report)
-    parts = [
+    blocks = [
         f"# {_plain(report.bundle)}",
         "  \n".join([f"{_SIGNS[found.state]} **{_plain(found.word)}**", *map(_plain, found.lines)]),
         _table(("", ""), summary.key_numbers(report)),
         _section("Stage by stage", _table(_COLUMNS, _stages(report), "llrrrl")),
         _section("Token by token", _table(("reading", "positions"), _readings(report))),
+        _section("What each part costs", _parts(report)),
         _section("What was compared", _points(f"{name}: {text}" for name, text in summary.comparisons(report))),
         _section("Notes", _points(report.notes)),
         _section("Facts", _table(("", ""), summary.facts(report))),
     ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 _COLUMNS = ("stage", "outcome", "relative RMS", "limit", "max abs", "more")
@@ -49,6 +50,12 @@ def _readings(report: Report) -> list[tuple[str, str]]:
     rest = len(found) - _READINGS
     rows = [(reading.name, reading.sentence()) for reading in found[:_READINGS]]
     return [*rows, ("more", f"{rest} in the JSON report")] if rest > 0 else rows
+
+
+def _parts(report: Report) -> str:
+    titles = parts.columns(report)
+    listed = _table(("part", *titles), parts.rows(report), "l" + "r" * len(titles))
+    return f"{_plain(parts.sentence(report))}\n\n{listed}" if listed else ""
 
 
 def _section(title: str, content: str) -> str:

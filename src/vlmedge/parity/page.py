@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 
 from vlmedge.limits import Against
-from vlmedge.parity import summary
+from vlmedge.parity import parts, summary
 from vlmedge.parity.report import Report, StageResult, TokenResult
 from vlmedge.parity.summary import GROUPS, Reading
 from vlmedge.webpage import page, plot
@@ -38,6 +38,7 @@ def render(report: Report) -> str:
         page.section("Stage by stage", _stages(report), _more(report), _checks(report)),
         page.section("Errors and limits", _errors(report)),
         page.section("Token by token", _tokens(report)),
+        page.section("What each part costs", _parts(report)),
         page.section("What was compared", _comparisons(report)),
         page.section("Notes", page.points(report.notes)),
         page.section("Facts", page.facts(summary.facts(report))),
@@ -173,6 +174,18 @@ def _others(found: list[Reading]) -> Html:
     caption = f"Positions with another token{of}. Margin: how much higher the original rates its own"
     listed = table(columns, rows, caption)
     return listed if len(rows) <= _SHORT else page.folded(f"{len(others)} positions with another token", listed)
+
+
+def _parts(report: Report) -> Html:
+    """A table of the parts, and their KL as bars."""
+    if not report.parts:
+        return Html()
+    axis = log_axis(cost for _, cost in parts.costs(report))
+    rows = [plot.Bar(name, cost, None, "plain", number(cost)) for name, cost in parts.costs(report)]
+    spoken = "; ".join(f"{name} {number(cost)}" for name, cost in parts.costs(report))
+    listed = table([Column("part"), *(Column(t, "number") for t in parts.columns(report))], parts.rows(report), "Parts")
+    bars = plot.figure("KL divergence", "nats, mean", plot.bars(rows, axis, "KL divergence by part", spoken))
+    return join(element("p", parts.sentence(report), class_="soft small"), listed, element("div", bars, class_="plots"))
 
 
 def _comparisons(report: Report) -> Html:
