@@ -169,7 +169,7 @@ def test_texts_of_the_self_test(vectors, bundle):
 def test_the_model_is_in_the_self_test(vectors, manifest):
     assert vectors["recorded_with"] == "llamacpp"
     width = manifest["model"]["vision"]["width"]
-    assert vectors["model"]["features"]["shape"][-2:] == [729, width]
+    assert vectors["model"]["features"]["output"]["shape"][-2:] == [729, width]
 
 
 # ---- inspect ------------------------------------------------------------------------------------------------------

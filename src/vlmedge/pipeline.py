@@ -180,7 +180,7 @@ def _verified(bundle: Bundle, found: Described, verify: bool, threads: int | Non
                 f"the export gives numbers that are not finite at the stage '{broken}'; nothing was written; "
                 "its profile is too coarse for this model, or the checkpoint is damaged"
             )
-    vectors = record(found.spec, tokenizer, ran)
+    vectors = record(manifest, tokenizer, ran)
     text = json.dumps(vectors, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (folder / SELFTEST).write_text(text, encoding="utf-8")
     files = (*manifest.files, file_entry(folder, SELFTEST, "selftest"))
