@@ -207,7 +207,7 @@ def _collect(ray: Ray, sent: dict[Any, Part], threads: int, progress: Progress) 
             _take(sent.pop(reference), reply, progress)
         alone = not ready and max(_cpus(ray), default=0) < threads
         if alone and not told:
-            progress.note(f"no node of the Ray cluster has {threads} CPUs any more; waiting for one")
+            progress.note("the Ray cluster has lost every node that is large enough; waiting for one")
         told = alone
 
 
@@ -253,6 +253,7 @@ def _source(source: str) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first sentence of what Ray says, which may be a page."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The first sentence of what Ray says, which may be a page; of a traceback its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
     return re.split(r"(?<=[.!]) |; ", text)[0].rstrip(".")[:300]
