@@ -1,7 +1,8 @@
 """vlmedge: small vision-language models from a PyTorch checkpoint to a phone, a board, a laptop or a browser.
 
 `export(source, format, profile)` makes a bundle, `load(bundle or checkpoint)` opens a model with its skills
-(`query`, `caption`, `detect`, `point`, `gaze`, `chat`), `plan` tells what an export would write.
+(`query`, `caption`, `detect`, `point`, `gaze`, `chat`), `plan` tells what an export would write, `verify` compares a
+bundle with its checkpoint stage by stage, `selftest` with its own recorded vectors, `evaluate` counts right answers of several models side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from vlmedge.errors import VlmedgeError
 if TYPE_CHECKING:
     from vlmedge.answer import Answer, Box, Point
     from vlmedge.bundle import Bundle, open_bundle
+    from vlmedge.evaluation.evaluate import evaluate
     from vlmedge.loading import load
+    from vlmedge.parity.selftest import selftest
+    from vlmedge.parity.verify import verify
     from vlmedge.pipeline import Plan, export, plan
     from vlmedge.skills import Model
 
@@ -31,10 +35,13 @@ _LAZY = {
     "Model": "vlmedge.skills",
     "Plan": "vlmedge.pipeline",
     "Point": "vlmedge.answer",
+    "evaluate": "vlmedge.evaluation.evaluate",
     "export": "vlmedge.pipeline",
     "load": "vlmedge.loading",
     "open_bundle": "vlmedge.bundle",
     "plan": "vlmedge.pipeline",
+    "selftest": "vlmedge.parity.selftest",
+    "verify": "vlmedge.parity.verify",
 }
 
 __all__ = [
@@ -45,10 +52,13 @@ __all__ = [
     "Plan",
     "Point",
     "VlmedgeError",
+    "evaluate",
     "export",
     "load",
     "open_bundle",
     "plan",
+    "selftest",
+    "verify",
 ]
 
 

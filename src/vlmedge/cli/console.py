@@ -12,6 +12,8 @@ import click
 from vlmedge.errors import nearest
 from vlmedge.progress import Progress
 
+# Seconds over which the time left is estimated: one answer may take longer than rich's 30.
+_SPEED_OVER = 600
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -83,7 +85,9 @@ def shown(quiet: bool) -> Iterator[Progress]:
     )
     columns += (TimeRemainingColumn(compact=True),)
     # In a log file bars are noise; notes appear there too.
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Bars(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=_SPEED_OVER
+    ) as bars:
         yield _Shown(bars)
 
 
