@@ -1,8 +1,9 @@
 """vlmedge: small vision-language models from a PyTorch checkpoint to a phone, a board, a laptop or a browser.
 
 `export(source, format, profile)` makes a bundle, `load(bundle or checkpoint)` opens a model with its skills
-(`query`, `caption`, `detect`, `point`, `gaze`, `chat`), `plan` tells what an export would write, `verify` compares a
-bundle with its checkpoint stage by stage, `selftest` with its own recorded vectors, `evaluate` counts right answers of several models side by side.
+(`query`, `caption`, `detect`, `point`, `gaze`, `chat`), `plan` tells what an export would write. `verify` compares a
+bundle with its checkpoint stage by stage, `selftest` with its own recorded vectors; `evaluate` counts right answers of
+several models side by side.
 """
 
 from __future__ import annotations
