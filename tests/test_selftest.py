@@ -323,7 +323,7 @@ import sys
 
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        reference = name.startswith("vlmedge.reference.") and name != "vlmedge.reference.runtime"  # a table's entry
+        reference = name.startswith("vlmedge.reference.")
         if name.split(".")[0] in {blocked} or reference:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 

@@ -17,7 +17,7 @@ from vlmedge.loading import Described, missing_for, source_label
 from vlmedge.measure import peak_rss_mb
 from vlmedge.parity.causes import usual_cause
 from vlmedge.parity.checks import check_crops, check_facts, check_prompts
-from vlmedge.parity.compare import compare
+from vlmedge.parity.compare import Comparison, compare
 from vlmedge.parity.judge import judge
 from vlmedge.parity.report import SCHEMA, STAGES, Report, StageResult, TokenResult
 from vlmedge.parity.trace import Trace
@@ -130,7 +130,7 @@ def _compared(
     against: Against,
     tensors: Mapping[str, Tensor],
     threads: int | None,
-) -> Any:
+) -> Comparison:
     spec = bundle.manifest.model if original is None else original.spec
     record = ran.trace.record
     judged = judge(record, spec, tensors, same_inputs=against == "stored", threads=threads)

@@ -57,8 +57,8 @@ class Runtime:
 RUNTIMES: Registry[Runtime] = Registry(
     "runtime",
     {
-        "torch": "vlmedge.reference.runtime:RUNTIME",
         "llamacpp": "vlmedge.runtimes.llamacpp:RUNTIME",
         "onnxruntime": "vlmedge.runtimes.onnxruntime:RUNTIME",
+        "torch": "vlmedge.reference.runtime:RUNTIME",
     },
 )
