@@ -100,12 +100,14 @@ class Readback:
     `tensors`: every canonical tensor, dequantized as it is read (`NAME#prefill` for a second copy); `grains` of the
     same names, and `bytes` that each takes, scales and padding included. `facts`: dotted path into the ModelSpec
     ("decoder.norm_eps") -> the value that the files state; a format whose files state nothing has none.
+    `halves`: weights that the format's runtime multiplies with inputs which it rounds to f16.
     """
 
     tensors: Mapping[str, Tensor]
     grains: Mapping[str, Grain]
     bytes: Mapping[str, int]
     facts: Mapping[str, Any]
+    halves: frozenset[str] = frozenset()
 
 
 class Exporter(Protocol):

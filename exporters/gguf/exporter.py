@@ -9,7 +9,7 @@ from typing import Any
 from vlmedge.errors import RuntimeFailedError, UnsupportedError
 from vlmedge.exporters.base import Encoding, ExportJob, Order, Readback, Written
 from vlmedge.exporters.gguf import quantizer
-from vlmedge.exporters.gguf.facts import VOCABULARY, vocabulary_digest
+from vlmedge.exporters.gguf.facts import tokenizer_facts
 from vlmedge.exporters.gguf.heads import heads_metadata
 from vlmedge.exporters.gguf.layout import Stored, layout, piece, role_of
 from vlmedge.exporters.gguf.metadata import (
@@ -79,8 +79,8 @@ class GgufExporter:
         return read_back(spec, folder)
 
     def tokenizer_facts(self, spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
-        """The digest of the vocabulary as stock apps read it."""
-        return {VOCABULARY: vocabulary_digest(tokenizer, spec.decoder.vocab)}
+        """The vocabulary, special tokens and chat template as stock apps read them."""
+        return tokenizer_facts(spec, tokenizer)
 
     def notes(self, order: Order, tokenizer: bytes) -> dict[str, Any]:
         """Facts for the manifest: `requires`, `stock` (what a stock app gets) and `notes`, both as sentences."""

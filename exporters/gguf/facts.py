@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 
 from vlmedge.errors import BundleError
+from vlmedge.exporters.gguf.metadata import first_token
+from vlmedge.exporters.gguf.template import chat_template
 from vlmedge.exporters.gguf.vocabulary import read_vocabulary
 from vlmedge.runtimes.ggml_file import GgufFile
+from vlmedge.spec import ModelSpec
 
 VOCABULARY = "tokenizer.vocabulary"
+# What a stock app reads beside it (src/llama-vocab.cpp); the template is Jinja.
+_TOKENIZER = {
+    "tokenizer.pre": "tokenizer.ggml.pre",
+    "tokenizer.bos": "tokenizer.ggml.bos_token_id",
+    "tokenizer.adds_bos": "tokenizer.ggml.add_bos_token",
+    "tokenizer.eos": "tokenizer.ggml.eos_token_id",
+    "tokenizer.chat_template": "tokenizer.chat_template",
+}
 
 # gguf_type -> layout (docs/gguf.md of ggml).
 _SCALARS = {
@@ -80,6 +91,19 @@ def vocabulary_digest(tokenizer: bytes, vocab: int) -> str:
     return _digest(found.tokens, found.types, found.merges)
 
 
+def tokenizer_facts(spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
+    """What `read_facts` must say of the tokenizer and the prompt of this model. Raises as `read_vocabulary`."""
+    found, bos = read_vocabulary(tokenizer, spec.decoder.vocab), first_token(spec.prompt)
+    return {
+        VOCABULARY: _digest(found.tokens, found.types, found.merges),
+        "tokenizer.pre": found.pre,
+        "tokenizer.bos": bos,
+        "tokenizer.adds_bos": True,
+        "tokenizer.eos": spec.prompt.stop[0],
+        "tokenizer.chat_template": chat_template(spec.prompt, found, bos),
+    }
+
+
 def read_metadata(file: GgufFile) -> dict[str, Any]:
     """Every key of a GGUF file -> its value, arrays as lists; raises BundleError where the header is damaged."""
     try:
@@ -100,6 +124,7 @@ def _decoder_facts(file: GgufFile) -> dict[str, Any]:
         # llama.cpp counts the tokens; it reads vocab_size only where a file has no tokenizer (src/llama-vocab.cpp).
         | {"decoder.vocab": len(tokens) if isinstance(tokens, list) else keys.get(f"{name}.vocab_size")}
         | {VOCABULARY: _digest(tokens, types, merges)}
+        | {path: keys.get(key) for path, key in _TOKENIZER.items()}
     )
 
 

@@ -48,7 +48,9 @@ def read_back(spec: ModelSpec, folder: Path) -> Readback:
         tensors[JOINED] = UnfoldedTensor(stored[JOINED], stored[LOCAL])
         sizes[JOINED] += stored[LOCAL].bytes
         grains[JOINED] = _coarser(grains[JOINED], GRAINS[stored[LOCAL].kind.name])
-    return Readback(tensors, grains, sizes, read_facts(text[0], mmproj))
+    # ggml's product with f16 takes f16 (vec_dot_type of GGML_TYPE_F16, ggml/src/ggml-cpu/ggml-cpu.c).
+    halves = frozenset(name for name in tensors if stored[name].kind.name == "F16")
+    return Readback(tensors, grains, sizes, read_facts(text[0], mmproj), halves)
 
 
 class PaddedTensor(Tensor):

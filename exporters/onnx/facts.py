@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from vlmedge.errors import BundleError
 from vlmedge.exporters.onnx.opened import Dim, GraphFile, attribute
 
 _NORMS = {"LayerNormalization": "layer", "SimplifiedLayerNormalization": "rms", "RMSNormalization": "rms"}
@@ -17,6 +20,7 @@ _QUICK = {1.702: "quick_gelu", 1.0: "silu"}  # steepness of x * sigmoid(steepnes
 _ROUNDING = 2.0**-21  # of an angle in float32, relative: the power, the division and the product round
 _NEAR = 2e-6  # of a base worked out from one such angle, relative
 Facts = dict[str, Any]
+_RESAMPLE = {1: "lanczos", 3: "bicubic"}  # PIL.Image.Resampling
 
 
 def facts_of(graphs: Mapping[str, GraphFile]) -> Facts:
@@ -37,6 +41,34 @@ def facts_of(graphs: Mapping[str, GraphFile]) -> Facts:
         if f"region_{part}_decoder" in graphs:
             out |= _agreed("region.activation", _activations(graphs[f"region_{part}_decoder"]))
     return out
+
+
+def config_facts(folder: Path) -> Facts:
+    """What the small JSON files beside the graphs say, which transformers.js and optimum read.
+
+    Raises BundleError for one that is missing or no JSON object.
+    """
+    pixels, words = (_config(folder / name) for name in ("preprocessor_config.json", "generation_config.json"))
+    size = pixels.get("size") or {}
+    return {
+        "image.size": size.get("height") if size.get("height") == size.get("width") else size,
+        "image.resample": _RESAMPLE.get(pixels.get("resample", -1), pixels.get("resample")),
+        "image.mean": tuple(pixels.get("image_mean") or ()),
+        "image.std": tuple(pixels.get("image_std") or ()),
+        "prompt.stop": tuple(words.get("eos_token_id") or ()),
+        "prompt.banned": tuple(words.get("suppress_tokens") or ()),
+        "prompt.max_tokens": words.get("max_new_tokens"),
+    }
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise BundleError(f"{path} is missing or no JSON object; copy or export it again")
+    return found
 
 
 def _agreed(path: str, values: Iterable[Any]) -> Facts:

@@ -15,7 +15,7 @@ import onnx
 
 from vlmedge.errors import BundleError
 from vlmedge.exporters.base import Grain, Readback
-from vlmedge.exporters.onnx.facts import facts_of
+from vlmedge.exporters.onnx.facts import config_facts, facts_of
 from vlmedge.exporters.onnx.opened import GraphFile, StoredArray, attribute
 from vlmedge.exporters.onnx.unpacking import StoredColumns, StoredFloats, StoredRows
 from vlmedge.spec import ModelSpec, Shape
@@ -65,7 +65,7 @@ def read_graphs(spec: ModelSpec, folder: Path) -> Readback:
         {name: found.tensor for name, found in named.items()},
         {name: found.grain for name, found in named.items()},
         {name: found.bytes for name, found in named.items()},
-        facts_of({graph.name: graph for graph in graphs}),
+        facts_of({graph.name: graph for graph in graphs}) | config_facts(folder),
     )
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
+from vlmedge import imaging
+from vlmedge.bundle import Manifest
+from vlmedge.contract import image_contract, prompt_contract
 from vlmedge.parity.metrics import finite
 from vlmedge.parity.preprocess import difference
 from vlmedge.parity.record import Sight
@@ -13,14 +18,17 @@ from vlmedge.parity.report import StageResult
 from vlmedge.parity.texts import TEXTS
 from vlmedge.prompt import Tokenizer
 from vlmedge.records import encode
+from vlmedge.reference import preprocess
 from vlmedge.spec import ImageSpec, ModelSpec
 
 _F32 = 1e-6  # files keep many numbers in float32
+_EIGHTHS = (1, 5, 8, 11, 14, 19, 27, 42, 85, 250)  # of a crop: pictures of one crop, several, as many as there may be
 
 
-def check_facts(stated: Mapping[str, Any], ours: ModelSpec, original: ModelSpec) -> StageResult:
+def check_facts(stated: Mapping[str, Any], manifest: Manifest, original: ModelSpec) -> StageResult:
     """What the files state of the model, and what the manifest does but for its prompts, against the checkpoint."""
     stated = {path: value for path, value in stated.items() if not path.startswith("tokenizer.")}
+    told = _parts(_json(manifest.image), _json(image_contract(original.image)), "image")
     wrong = [
         f"the files say {path} = {_short(value)}, the model has {_short(_at(original, path))}"
         for path, value in stated.items()
@@ -28,14 +36,15 @@ def check_facts(stated: Mapping[str, Any], ours: ModelSpec, original: ModelSpec)
     ]
     wrong += [
         f"the manifest says {path} = {_short(a)}, the checkpoint {_short(b)}"
-        for path, a, b in _parts(encode(ours), encode(original))
+        for path, a, b in _parts(encode(manifest.model), encode(original))
         if not path.startswith("prompt")
     ]
+    wrong += [f"the manifest tells apps {path} = {_short(a)}, not {_short(b)}" for path, a, b in told]
     return _check("facts", wrong, {"facts": len(stated)})
 
 
 def check_prompts(
-    ours: ModelSpec,
+    manifest: Manifest,
     original: ModelSpec,
     tokenizer: Tokenizer,
     wanted: Tokenizer,
@@ -50,8 +59,10 @@ def check_prompts(
     ]
     wrong += [
         f"the manifest says {path} = {_short(a)}, the checkpoint {_short(b)}"
-        for path, a, b in _parts(encode(ours.prompt), encode(original.prompt), "prompt")
+        for path, a, b in _parts(encode(manifest.model.prompt), encode(original.prompt), "prompt")
     ]
+    told = _parts(_json(manifest.prompt), _json(prompt_contract(original)), "prompt")
+    wrong += [f"the manifest tells apps {path} = {_short(a)}, not {_short(b)}" for path, a, b in told]
     for text in TEXTS:
         found, right = tokenizer.encode(text), wanted.encode(text)
         if found != right:
@@ -60,9 +71,17 @@ def check_prompts(
 
 
 def check_crops(sights: list[Sight], spec: ImageSpec) -> StageResult:
-    """The runtime's crops against those of an implementation that shares no code with it, byte by byte."""
+    """The runtime's crops against those of an implementation that shares no code with it, byte by byte.
+
+    Pictures of many sizes are not cut for it: how many crops they would have is compared too.
+    """
     found = [(s.name, difference(s.picture, s.tiling, s.pixels, spec)) for s in sights]
     wrong = [f"{name}: {result.why}" for name, result in found if result.why]
+    sizes = list(product([spec.size * part // 8 for part in _EIGHTHS], repeat=2))
+    for height, width in sizes:
+        ours, wanted = imaging.tiling_of(height, width, spec), preprocess.tiling(height, width, spec)
+        if ours != wanted:
+            wrong.append(f"a picture of {height} x {width} would be cut into {ours} instead of {wanted} crops")
     return StageResult(
         "preprocess",
         None,
@@ -70,7 +89,7 @@ def check_crops(sights: list[Sight], spec: ImageSpec) -> StageResult:
         finite(max((result.relative_rms for _, result in found), default=0.0)),
         float(max((result.max_abs for _, result in found), default=0)),
         0.0,
-        {"pictures": len(found)},
+        {"pictures": len(found), "sizes": len(sizes)},
         0,
         "; ".join(wrong[:1]),
     )
@@ -108,6 +127,11 @@ def _parts(ours: Any, theirs: Any, path: str = "") -> Iterator[tuple[str, Any, A
             yield from _parts(a, b, f"{path}[{i}]")
     elif ours != theirs:
         yield path, ours, theirs
+
+
+def _json(value: Any) -> Any:
+    """Lists for tuples, as a manifest that was read has them."""
+    return json.loads(json.dumps(value))
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vlmedge.answer import Box
 from vlmedge.limits import Against, Limits
+from vlmedge.parity.bins import misread
 from vlmedge.parity.judge import Judgement
 from vlmedge.parity.metrics import difference, finite, iou, kl_divergence, largest, margin, near_tie, pooled
 from vlmedge.parity.record import Forward, Head, Record
@@ -41,11 +42,11 @@ def compare(record: Record, judged: Judgement, spec: ModelSpec, against: Against
         _stage("features", against, limits.features, _beside(record.vision, judged.features, "features")),
         _stage("projected", against, limits.projected, _projected(record, judged, against)),
         _pooled("logits", against, limits.logits, [(f.logits, b) for f, b in forwards if not f.decodes]),
-        _token_stage(against, limits.logits, [(f.logits, b) for f, b in forwards if f.decodes], tokens),
+        _token_stage(against, limits.logits, [(f.logits, b) for f, b in forwards if f.decodes and f.chooses], tokens),
     ]
     if spec.region is not None:
         stages.append(_stage("regions", against, limits.regions, [(h.outputs, b) for h, b in heads if h.read is None]))
-        stages.append(_box_stage(against, limits.logits, [(h, b) for h, b in heads if h.read is not None], spec.region))
+        stages.append(_box_stage(against, limits.logits, heads, spec.region))
     return Comparison(tuple(stages), tokens)
 
 
@@ -154,8 +155,8 @@ def _token_stage(against: Against, limit: float | None, pairs: _Pairs, tokens: S
 def _box_stage(
     against: Against, limit: float | None, heads: Sequence[tuple[Head, F32]], spec: RegionSpec
 ) -> StageResult:
-    """Bins of coordinates and sizes, and the boxes and points that they make."""
-    read = [(h, wanted) for h, wanted in heads if h.name.endswith("decoder")]
+    """Bins of coordinates and sizes, what is fed back for them, and the boxes that they make."""
+    read = [(h, wanted) for h, wanted in heads if h.read is not None]
     choices = [choice for h, wanted in read for choice in _bins(h, wanted)]
     parted = [(ours, theirs) for ours, theirs in choices if ours.argmax() != theirs.argmax()]
     wrong = [p for p in parted if limit is not None and not near_tie(p[1], int(p[0].argmax()), _noise(*p, limit))]
@@ -167,6 +168,7 @@ def _box_stage(
     if wrong:
         ours, theirs = wrong[0]
         parting = f"a bin is {ours.argmax()} instead of {theirs.argmax()}, and not for a near tie"
+    parting = misread([head for head, _ in heads], spec) or parting
     pairs = [(h.outputs, wanted) for h, wanted in read]
     return _pooled("boxes", against, limit, pairs, numbers, len(parted) - len(wrong), parting)
 

@@ -24,7 +24,6 @@ from vlmedge.parity.trace import Trace
 from vlmedge.parity.weights import compare_weights
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
-from vlmedge.tensors import Tensor
 
 NO_CHECKPOINT = "the checkpoint is not at hand"
 
@@ -62,9 +61,10 @@ def examine(
     if missing is not None:
         notes.append(f"nothing was computed anew: {missing}")
     else:
-        for against, tensors in _sides(original, stored):
+        sides: tuple[Against, ...] = ("stored", "original") if original is not None else ("stored",)
+        for against in sides:
             progress.stage(_WORDS[against])
-            found = _compared(bundle, ran, original, against, tensors, threads)
+            found = _compared(bundle, ran, original, stored, against, threads)
             stages, tokens = stages + list(found.stages), found.tokens  # those against the original come last
     order = sorted(stages, key=lambda s: (STAGES.index(s.stage), s.against == "original"))
     failing = next((i for i, s in enumerate(order) if s.outcome == "failed"), None)
@@ -96,44 +96,39 @@ def examine(
 _WORDS = {"stored": "comparing with the reference on the stored weights", "original": "comparing with the original"}
 
 
-def _sides(original: Described | None, stored: Readback) -> Iterator[tuple[Against, Mapping[str, Tensor]]]:
-    """What to compare with. Floats are the original's own numbers: a second comparison would tell nothing."""
-    lossless = all(grain.bits >= 16 for grain in stored.grains.values())
-    if original is None or not lossless:
-        yield "stored", stored.tensors
-    if original is not None:
-        yield "original", original.tensors
-
-
 def _checks(
     bundle: Bundle, ran: Ran, original: Described | None, stored: Readback, threads: int | None, progress: Progress
 ) -> Iterator[StageResult]:
     """Those that need no reference."""
-    ours = bundle.manifest.model
-    yield check_facts(stored.facts, ours, ours if original is None else original.spec)
+    manifest = bundle.manifest
+    spec = manifest.model if original is None else original.spec
+    yield check_facts(stored.facts, manifest, spec)
     if original is None:
         for stage in ("prompt", "weights"):
             yield StageResult(stage, None, "skipped", why=NO_CHECKPOINT)
     else:
-        tokenizer = Tokenizer((bundle.path / bundle.manifest.tokenizer.file).read_bytes())
-        expected = EXPORTERS[bundle.manifest.format].tokenizer_facts(original.spec, original.tokenizer)
+        tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
+        expected = EXPORTERS[manifest.format].tokenizer_facts(original.spec, original.tokenizer)
         wanted = Tokenizer(original.tokenizer)
-        yield check_prompts(ours, original.spec, tokenizer, wanted, stored.facts, expected)
+        yield check_prompts(manifest, original.spec, tokenizer, wanted, stored.facts, expected)
         yield compare_weights(original.tensors, stored, threads, progress)
-    yield check_crops(ran.trace.record.sights, ours.image if original is None else original.spec.image)
+    yield check_crops(ran.trace.record.sights, spec.image)
 
 
 def _compared(
     bundle: Bundle,
     ran: Ran,
     original: Described | None,
+    stored: Readback,
     against: Against,
-    tensors: Mapping[str, Tensor],
     threads: int | None,
 ) -> Comparison:
     spec = bundle.manifest.model if original is None else original.spec
     record = ran.trace.record
-    judged = judge(record, spec, tensors, same_inputs=against == "stored", threads=threads)
+    if against == "original" and original is not None:
+        judged = judge(record, spec, original.tensors, same_inputs=False, threads=threads)
+    else:
+        judged = judge(record, spec, stored.tensors, same_inputs=True, halves=stored.halves, threads=threads)
     return compare(record, judged, spec, against, _limits(bundle, against))
 
 

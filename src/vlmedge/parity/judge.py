@@ -6,7 +6,7 @@ to it (teacher forcing), so one pass over the weights tells where it would have 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -33,17 +33,23 @@ class Judgement:
 
 
 def judge(
-    record: Record, spec: ModelSpec, tensors: Mapping[str, Tensor], *, same_inputs: bool, threads: int | None = None
+    record: Record,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    *,
+    same_inputs: bool,
+    halves: Collection[str] = frozenset(),
+    threads: int | None = None,
 ) -> Judgement:
     """Let the reference redo every call. Needs PyTorch.
 
     `same_inputs`: each stage is given what the export's was given, so that it shows its own error alone; otherwise
-    the stages follow each other from the pixels of the pictures on. What heads read from hidden states, they read
+    the stages follow each other from the pixels of the pictures on. `halves`: as in `Readback`. What heads read from hidden states, they read
     from the reference's own.
     """
     from vlmedge.reference.streamed import StreamedReference
 
-    model = StreamedReference(spec, tensors, threads)
+    model = StreamedReference(spec, tensors, threads, halves)
     features, projected = _seen(model, record, spec, same_inputs)
     embedded = tuple(model.embed(call.ids) for call in record.embeddings)
     fixed = _encoders(model, record)

@@ -1,7 +1,7 @@
 """What one model makes of the test inputs, stage by stage: run once, then compared or written down.
 
 Every path is walked at a price that a phone can pay: a small picture goes all the way; of a large one a single
-local crop goes through the tower, and features made from a formula are stitched, projected and answered to.
+local crop or two go through the tower, and features made from a formula are stitched, projected and answered to.
 Pictures of the user's own go all the way through the model's skills.
 """
 
@@ -95,7 +95,8 @@ def trace(model: Model, own: Mapping[str, PictureLike] | None = None) -> Trace:
     ]
     made = pictures.features(local.count, spec.vision.tokens, spec.vision.width)
     heads = pictures.region_inputs(spec.decoder.width) if spec.region else {}
-    local_features = recorder.vision(local.pixels[1:2])
+    # Two in one call, where there are two: a runtime may mix them up.
+    local_features = recorder.vision(local.pixels[1:3])[:1]
     recorder.reading = "small picture"
     projected = recorder.project(np.repeat(features, crops.count, axis=0), crops.tiling)
     first, talk = _read(spec, recorder, projected)
@@ -130,6 +131,9 @@ def _read(spec: ModelSpec, recorder: Recorder, projected: F32) -> tuple[Reading,
     step, rules = talk.ask([ids]) if ids else before, spec.prompt
     logits = step.logits.copy()
     out = generate(talk, step, stop=rules.stop, banned=rules.banned, max_tokens=TOKENS, sampler=Sampler())
+    if ids:  # once more from the picture on: what the answer left in the cache must not show
+        recorder.rewind(1 + len(projected))
+        talk.ask([ids])
     return Reading(projected, logits, out.ids), talk
 
 

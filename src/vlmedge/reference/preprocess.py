@@ -46,8 +46,7 @@ def crops(picture: U8, spec: ImageSpec) -> tuple[Grid, U8]:
     """
     margin = spec.patch_size * spec.tiling.margin
     window, size = spec.size - 2 * margin, spec.size
-    height, width = picture.shape[0] - 2 * margin, picture.shape[1] - 2 * margin
-    rows, columns = tiling_rule(height, width, window, spec.tiling.max_crops)
+    rows, columns = tiling(picture.shape[0], picture.shape[1], spec)
     out = np.empty((1 + rows * columns, size, size, 3), np.uint8)
     out[0] = _resize(picture, size, size, spec.resample)
     canvas = _resize(picture, rows * window + 2 * margin, columns * window + 2 * margin, spec.resample)
@@ -55,6 +54,12 @@ def crops(picture: U8, spec: ImageSpec) -> tuple[Grid, U8]:
         y, x = i // columns * window, i % columns * window
         out[1 + i] = canvas[y : y + size, x : x + size]
     return (rows, columns), out
+
+
+def tiling(height: int, width: int, spec: ImageSpec) -> Grid:
+    """Rows and columns of local crops for a picture of height x width pixels."""
+    margin = spec.patch_size * spec.tiling.margin
+    return tiling_rule(height - 2 * margin, width - 2 * margin, spec.size - 2 * margin, spec.tiling.max_crops)
 
 
 def normalise(pixels: U8, spec: ImageSpec) -> F32:

@@ -5,7 +5,7 @@ Every call reads the component's weights once, whatever the number of inputs, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias, TypeVar, cast
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlmedge.reference.blocks import DecoderLayer, LayerCache, Region, Tower, VisionLayer, norm, projector, rope_table
-from vlmedge.reference.model import fill
+from vlmedge.reference.model import fill, sources
 from vlmedge.reference.preprocess import joined
 from vlmedge.reference.session import run_head
 from vlmedge.reference.threads import computing
@@ -57,8 +57,16 @@ class Decoded:
 class StreamedReference:
     """The blocks of `reference`, float32, with weights read when a layer's turn comes and dropped after it."""
 
-    def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], threads: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tensors: Mapping[str, Tensor],
+        threads: int | None = None,
+        halves: Collection[str] = frozenset(),
+    ) -> None:
+        """`halves`: canonical weights whose inputs are rounded to f16 before they are multiplied."""
         self.threads = threads
+        self._halves = halves
         self._spec, self._tensors = spec, tensors
         copies = {name.removesuffix("#prefill"): t for name, t in tensors.items() if name.endswith("#prefill")}
         self._second = {**tensors, **copies} if copies else {}
@@ -128,6 +136,11 @@ class StreamedReference:
 
     def _filled(self, module: M, prefix: str) -> M:
         fill(module, self._tensors, prefix)
+        for name, part in module.named_modules() if self._halves else ():
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                part._forward_pre_hooks.clear()
+                if sources(f"{prefix}{name}.weight")[0] in self._halves:
+                    part.register_forward_pre_hook(_rounded)
         return module
 
 
@@ -146,6 +159,10 @@ def _through(
         chosen = other if passage.prefill[start] else layer
         out.append(chosen(x[:, start:stop], rope[:, start:stop], cache, mask[start:stop, :stop], False))
     return torch.cat(out, dim=1)
+
+
+def _rounded(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.half().float() for x in inputs)
 
 
 def _array(tensor: torch.Tensor) -> F32:
