@@ -84,13 +84,18 @@ class Written:
 class Grain:
     """How finely a stored matrix follows what it was made of: `bits` per value, 16 and 32 being floats.
 
-    `group`: neighbours of a row that share one scale (0: the whole row does). Where scales are themselves rounded in
-    larger groups, the larger one. `pieces`: stored arrays whose errors add up in each value.
+    `group`: neighbours of a row that share one scale (0: the whole row does). `whole`: neighbours whose groups' scales
+    (and minima) are rounded to integers that share one scale (0: none are); a group can then be off by `share` of the
+    largest step in its `whole`. `mantissa`: stored digits of a float's fraction where they are not IEEE's of its width
+    (0: they are). `pieces`: 2 where a row is [global | local] and stored as the arrays global + local and local.
     """
 
     bits: int
     group: int = 0
     pieces: int = 1
+    whole: int = 0
+    share: float = 0.0
+    mantissa: int = 0
 
 
 @dataclass(frozen=True, slots=True)

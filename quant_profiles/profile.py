@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vlmedge.errors import UsageError, nearest
 from vlmedge.limits import Limits
-from vlmedge.records import decode
+from vlmedge.records import decode, encode
 
 FOLDER = Path(__file__).parent / "profiles"
 KvCache: TypeAlias = Literal["f32", "f16", "int8"]
@@ -110,6 +112,12 @@ class QuantProfile:
     formats: tuple[str, ...] = ()
     prefill: tuple[QuantRule, ...] = ()
     limits: tuple[Limits, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """A hash of all but the limits, so that two profiles of one name can be told apart."""
+        rules = json.dumps(encode(replace(self, limits=())), sort_keys=True)
+        return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
     def limits_for(self, format: str) -> tuple[Limits, ...]:
         """The limits of a format: of each comparison those that name it, else those that name none."""

@@ -15,7 +15,7 @@ import pytest
 
 import vlmedge
 from vlmedge.answer import Answer, Box, Point
-from vlmedge.demo import demo_answers, demo_picture
+from vlmedge.demo import demo_answers, demo_folder, demo_picture
 from vlmedge.demo.evaluate import evaluate as demo_evaluate
 from vlmedge.demo.evaluate import unseen
 from vlmedge.errors import ContextError, OutputError, UnsupportedError, UsageError
@@ -289,6 +289,41 @@ def test_a_shard_is_only_answered_by_what_it_names(small):
         answer(replace(shard, model_digest="0"), (), rows.append)
     with pytest.raises(UsageError, match="not the question set"):
         answer(replace(shard, data_digest="0"), (), rows.append)
+
+
+def test_a_changed_picture_is_another_question_set(small, photo, tmp_path):
+    picture, path = tmp_path / "photo.png", tmp_path / "set.jsonl"
+    shutil.copy(photo, picture)
+    path.write_text(json.dumps({"image": picture.name, "question": "What is it?", "answers": ["a cat"]}))
+    options = {"out": tmp_path / "out", "settings": ONE}
+    evaluate([small], path, **options)
+    shard = Shard(str(small), "m", str(path), None, fingerprint(str(small)), open_dataset(str(path)).digest, threads=1)
+    with picture.open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(OutputError, match="another question set"):
+        evaluate([small], path, **options)
+    with pytest.raises(UsageError, match="the file or a picture has changed"):
+        answer(shard, (), [].append)
+    shutil.copy(photo, picture)
+    evaluate([small], path, **options)
+
+
+def test_a_fingerprint_holds_every_file_that_decides_an_answer(tmp_path):
+    folder = shutil.copytree(demo_folder("moondream2"), tmp_path / "copy")
+    found = [fingerprint(SOURCE)]
+    assert fingerprint(str(folder)) == found[0]  # wherever it lies
+    (folder / "README.md").write_text("Nothing that is read.")
+    assert fingerprint(str(folder)) == found[0]
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    found.append(fingerprint(str(folder)))
+    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+        found.append(fingerprint(str(folder)))
+    with (folder / "config.json").open("a") as file:
+        file.write("\n")
+    found.append(fingerprint(str(folder)))
+    assert len(set(found)) == len(found)
 
 
 class Unable:

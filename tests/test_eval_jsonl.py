@@ -1,6 +1,7 @@
 """A user's question file: what is read, and that anything else is refused with its line."""
 
 import json
+import os
 
 import pytest
 
@@ -8,8 +9,9 @@ from vlmedge.answer import Box, Point
 from vlmedge.errors import ImageError, UsageError
 from vlmedge.evaluation.dataset import open_dataset
 from vlmedge.evaluation.evaluate import evaluate
-from vlmedge.evaluation.jsonl import read_jsonl
+from vlmedge.evaluation.jsonl import MANY, read_jsonl
 from vlmedge.evaluation.question import Question
+from vlmedge.progress import Progress
 
 ASK = {"image": "a.png", "question": "What is it?", "answers": ["a cat"]}
 
@@ -104,3 +106,40 @@ def test_files_that_are_none(write, tmp_path):
 def test_pictures_are_looked_at_before_a_model_is(write):
     with pytest.raises(ImageError, match=r"there is no picture .*a\.png"):
         evaluate(["no-such-model"], write(ASK))
+
+
+def test_pictures_belong_to_the_digest(write, tmp_path):
+    """Changed, missing, or something that would never end; also those that are not taken."""
+    path = write(ASK, ASK | {"image": "b.png"})
+    found = [read_jsonl(path)[0]]
+    for content in (b"one", b"two"):
+        (tmp_path / "b.png").write_bytes(content)
+        os.utime(tmp_path / "b.png", ns=(0, len(found)))  # clocks of disks are coarse
+        found.append(open_dataset(str(path), 1).digest)
+    assert len(set(found)) == 3
+    assert read_jsonl(path)[0] == found[2]
+    (tmp_path / "b.png").unlink()
+    os.mkfifo(tmp_path / "b.png")
+    assert read_jsonl(path)[0] == found[0]
+    assert read_jsonl(write(ASK | {"image": "a\0b"}))[1]
+
+
+class Told(Progress):
+    """Remembers the stages and counts the steps."""
+
+    def __init__(self):
+        self.stages, self.steps = [], 0
+
+    def stage(self, text, total=None):
+        self.stages.append((text, total))
+
+    def advance(self, steps):
+        self.steps += steps
+
+
+def test_reading_many_pictures_is_shown(write):
+    few, many = Told(), Told()
+    read_jsonl(write(ASK), few)
+    read_jsonl(write(*(ASK | {"image": f"{n}.png"} for n in range(MANY))), many)
+    assert (few.stages, few.steps) == ([], 0)
+    assert (many.stages, many.steps) == ([(f"reading {MANY} pictures", MANY)], MANY)

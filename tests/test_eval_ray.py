@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from vlmedge.errors import RuntimeFailedError, UsageError
 from vlmedge.evaluation import cluster
 from vlmedge.evaluation.dataset import DEMO, open_dataset
 from vlmedge.evaluation.evaluate import evaluate
-from vlmedge.evaluation.job import Shard, Task, run_here
+from vlmedge.evaluation.job import Shard, Task, opened, run_here
 from vlmedge.evaluation.subject import fingerprint
 from vlmedge.pipeline import export
 from vlmedge.progress import Progress
@@ -172,6 +173,41 @@ def test_files_that_a_node_lacks(shard, tmp_path, monkeypatch):
     assert f"there is no {lost.source}; put it in a folder that all nodes share" in reply["text"]
     moved = replace(shard, source=os.path.relpath(shard.source))
     assert {part.shard.source for part in cluster.split(Task(moved, frozenset(), nobody), 1, 2)} == {shard.source}
+
+
+def test_a_node_keeps_the_model_between_parts(shard, here, monkeypatch):
+    """Until one fails, or is asked to run otherwise."""
+    told = []
+    monkeypatch.setattr(cluster, "opened", lambda *given: told.append(given) or opened(*given))
+    rows = []
+    parts = cluster.split(Task(shard, frozenset(), nobody), 1, 3)
+    for part in parts:
+        rows += json.loads(cluster.answer_part(json.dumps(asdict(part.shard)), part.done))["rows"]
+    assert len(parts) > 2
+    assert len(told) == 1
+    assert [row["text"] for row in rows] == [here[row["id"]].text for row in rows]
+    assert Counter(row["id"] for row in rows) == Counter(here.keys())
+    cluster.answer_part(json.dumps(asdict(replace(shard, dtype="bf16", pictures=1))), [])
+    assert len(told) == 2
+    assert len(cluster._KEPT) == 1
+    reply = json.loads(cluster.answer_part(json.dumps(asdict(replace(shard, model_digest="0"))), []))
+    assert "is not the model that was asked for" in reply["text"]
+    assert not cluster._KEPT
+    with pytest.raises(ZeroDivisionError), cluster._kept(shard, Progress()):
+        raise ZeroDivisionError
+    assert not cluster._KEPT
+
+
+def test_a_node_with_another_picture(shard, photo, tmp_path):
+    shutil.copy(photo, tmp_path / "photo.png")
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"image": "photo.png", "question": "What is it?", "answers": ["a cat"]}))
+    asked = replace(shard, data=str(path), pictures=None, data_digest=open_dataset(str(path)).digest)
+    with (tmp_path / "photo.png").open("ab") as file:
+        file.write(b" ")
+    reply = json.loads(cluster.answer_part(json.dumps(asdict(asked)), []))
+    assert reply["error"] == "UsageError"
+    assert reply["text"].endswith("is not the question set that was asked for; the file or a picture has changed")
 
 
 def test_a_node_without_vlmedge(monkeypatch):

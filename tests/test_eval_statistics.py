@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from vlmedge.evaluation.row import Row
 from vlmedge.evaluation.statistics import difference, estimate, mcnemar
+from vlmedge.evaluation.summary import pair
 
 
 def sums(right, asked):
@@ -89,3 +91,31 @@ def test_mcnemar(lost, won, p):
 def test_mcnemar_of_many():
     assert mcnemar(5000, 5200) == pytest.approx(0.0488, abs=1e-3)  # the normal approximation: z = 1.970 corrected
     assert mcnemar(0, 20000) == 0
+
+
+# Of each picture: how many of its 10 questions the base has right, and the model.
+@pytest.mark.parametrize(
+    ("pictures", "verdict"),
+    [
+        ([(10, 9)] * 2, "no clear difference (p is 0.5)"),  # every draw is alike: the interval is -10 % to -10 %
+        ([(9, 10)] * 5, "no clear difference (p is 0.062)"),
+        ([(9, 10)] * 6, "better"),
+        ([(10, 9)] * 30, "worse"),
+        ([(10, 0)] + [(10, 10)] * 30, "no clear difference (the interval includes 0)"),  # one odd picture, p is 0.002
+        ([(10, 9), (9, 10)] * 10, "no clear difference (the interval includes 0)"),
+        ([(9, 9)] * 2, "the same questions are right"),
+        ([(10, 1)], "one picture tells nothing"),
+        ([], "no question was answered by both"),
+    ],
+)
+def test_a_verdict_needs_the_interval_and_the_p_value(pictures, verdict):
+    base, ours = (dict(enumerate(rows)) for rows in zip(*pictures, strict=True)) if pictures else ({}, {})
+    assert pair("ours", answers(ours), "base", answers(base)).verdict == verdict
+
+
+def answers(right):
+    return {
+        f"{i}/{n}": Row(f"{i}/{n}", str(i), "query", "query", n < count)
+        for i, count in right.items()
+        for n in range(10)
+    }

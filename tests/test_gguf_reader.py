@@ -16,16 +16,18 @@ import pytest
 import tokenizers
 
 import vlmedge
+from vlmedge.bundle import open_bundle
 from vlmedge.checkpoint import open_folder
 from vlmedge.errors import BundleError
 from vlmedge.exporters import EXPORTERS, ExportJob, Readback
 from vlmedge.exporters.choice import choose
 from vlmedge.exporters.gguf import quantizer, reader
 from vlmedge.exporters.gguf.dequantizer import GRAINS, decode
-from vlmedge.exporters.gguf.facts import VOCABULARY, read_metadata, vocabulary_digest
+from vlmedge.exporters.gguf.facts import VOCABULARY, _layers, read_facts, read_metadata, vocabulary_digest
 from vlmedge.exporters.gguf.ggml import TYPES
 from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.families import family_of
+from vlmedge.parity.selftest_file import read_vectors
 from vlmedge.quant_profiles import profiles_for
 from vlmedge.runtimes.ggml_file import GgufFile
 from vlmedge.session import F32
@@ -91,7 +93,9 @@ def test_an_export_reads_back_as_its_source(exported: Callable[[str], Path], pro
     expected = GGUF.encodings(choose("gguf", profile).order(SPEC))
     assert all(found.grains[n].bits == GRAINS[expected[n].type].bits for n in SOURCE)
     facts = dict(found.facts)
-    assert facts.pop(VOCABULARY) == vocabulary_digest(TOKENIZER, SPEC.decoder.vocab)
+    assert facts[VOCABULARY] == vocabulary_digest(TOKENIZER, SPEC.decoder.vocab)
+    expected_words = GGUF.tokenizer_facts(SPEC, TOKENIZER)
+    assert {path: facts.pop(path) for path in expected_words} == expected_words
     for path, value in facts.items():
         part, _, field = path.partition(".")
         assert np.array_equal(rounded(value), rounded(getattr(getattr(SPEC, part), field))), path
@@ -236,6 +240,67 @@ def test_facts_are_what_the_files_say(copy: Path):
     patch(copy / TEXT, b"\x04\0\0\0\0\0\0\0phi2", b"\x04\0\0\0\0\0\0\0phi3")
     with pytest.raises(BundleError, match="of the architecture phi3; vlmedge writes phi2"):
         GGUF.read(SPEC, copy)
+
+
+@pytest.mark.parametrize("value", [5, -1.5, True, "text", [1.5], ["text"], [True], None], ids=str)
+def test_values_of_other_types_are_facts_that_differ(value: Any):
+    keys = {"clip.vision.block_count": 4, "clip.vision.feature_layer": [2]}
+    assert _layers(keys) == 2
+    assert _layers(keys | {"clip.vision.feature_layer": []}) == 3
+    assert _layers(keys | {"clip.vision.feature_layer": value}) is None
+    if value != 5:
+        assert _layers(keys | {"clip.vision.block_count": value}) is None
+
+
+@pytest.mark.parametrize("architecture", [["phi2"], 5, "a\nb", "x" * 10_000], ids=["list", "number", "lines", "long"])
+def test_metadata_of_other_types_is_read_or_refused(tmp_path: Path, architecture: Any):
+    """Files of their own, with just a header."""
+    paths = [tmp_path / "text.gguf", tmp_path / "mmproj.gguf"]
+    write_header(paths[0], {"general.architecture": architecture})
+    words = {"block_count": "four", "feature_layer": 2, "image_size": [5], "image_mean": 0.5, "image_std": ["a"]}
+    write_header(paths[1], {f"clip.vision.{key}": value for key, value in words.items()})
+    with pytest.raises(BundleError, match="is of the architecture ") as caught:
+        read_facts(*map(GgufFile, paths))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+    words = {"phi2.block_count": "three", "phi2.attention.head_count": [4], "tokenizer.ggml.tokens": 7}
+    write_header(paths[0], {"general.architecture": "phi2", **words})
+    facts = read_facts(*map(GgufFile, paths))
+    assert (facts["vision.layers"], facts["decoder.layers"], facts["decoder.heads"]) == (None, "three", [4])
+    assert (facts["image.mean"], facts["image.std"]) == (0.5, ("a",))
+
+
+def write_header(path: Path, values: dict[str, Any]) -> None:
+    """A GGUF file without tensors."""
+    writer = gguf.GGUFWriter(None, "phi2")
+    for key, value in values.items():
+        kind = gguf.GGUFValueType.get_type(value)
+        writer.kv_data[0][key] = gguf.gguf_writer.GGUFValue(value=value, type=kind)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "pictures", [[(0, 14)], [(400_000, 400_000)], [(-1, 5)], [], [(10**400, 1)], "swapped"], ids=str
+)
+def test_vectors_of_pictures_of_other_sizes_are_refused(copy: Path, pictures: Any):
+    path = copy / "selftest.json"
+    data = json.loads(path.read_text())
+    assert len(read_vectors(open_bundle(copy)).pictures) == 2
+    if pictures == "swapped":
+        data["pictures"].reverse()
+    else:
+        data["pictures"] = [data["pictures"][0] | {"height": h, "width": w} for h, w in pictures]
+    path.write_text(json.dumps(data))
+    manifest = json.loads((copy / "vlmedge.json").read_text())
+    next(entry for entry in manifest["files"] if entry["role"] == "selftest")["bytes"] = path.stat().st_size
+    (copy / "vlmedge.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"selftest\.json has pictures of ") as caught:
+        read_vectors(open_bundle(copy))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_another_vocabulary_has_another_digest(exported: Callable[[str], Path]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,6 +37,8 @@ STATED = {
     "vision": {"layers", "heads", "width", "channels", "image_size", "patch_size", "norm_eps", "activation"},
     "projector": {"activation"},
     "region": {"activation"},
+    "image": {"size", "resample", "mean", "std"},
+    "prompt": {"stop", "banned", "max_tokens"},
 }  # fmt: skip
 
 
@@ -216,6 +219,125 @@ def test_nodes_that_disagree_state_what_no_spec_has(bundle):
 
     change(bundle, "decoder_model_merged", other)
     assert ONNX.read(TINY, bundle).facts["decoder.norm_eps"] == (1e-6, 1e-5)
+
+
+def without(op: str, *names: str) -> Callable[[Model], None]:
+    """Take attributes from the nodes of one kind."""
+
+    def how(model: Model) -> None:
+        for node in model.graph.node:
+            for entry in [entry for entry in node.attribute if node.op_type == op and entry.name in names]:
+                node.attribute.remove(entry)
+
+    return how
+
+
+def other_type(op: str, new: str) -> Callable[[Model], None]:
+    """Nodes of one kind become of another."""
+
+    def how(model: Model) -> None:
+        for node in model.graph.node:
+            node.op_type = new if node.op_type == op else node.op_type
+
+    return how
+
+
+def unlike_tables(model: Model) -> None:
+    """The rotary tables are constants no more, but as wide as before."""
+    node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    for tensor in model.graph.initializer:
+        if tensor.name in node.input[7:9]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 0, tensor.name))
+
+
+def words_for_tables(model: Model) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    for tensor in model.graph.initializer:
+        if tensor.name in node.input[7:9]:
+            words = np.full(onnx.numpy_helper.to_array(tensor).shape, "no number", object)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(words, tensor.name))
+
+
+VANISHED: dict[str, tuple[str, Callable[[Model], object], set[str]]] = {
+    "norms": ("decoder_model_merged", other_type("LayerNormalization", "Identity"), {"norm", "norm_eps"}),
+    "heads": ("decoder_model_merged", without("GroupQueryAttention", "num_heads"), {"heads"}),
+    "base": ("decoder_model_merged", unlike_tables, {"rope_theta"}),
+    "tables": ("decoder_model_merged", words_for_tables, {"context", "rope_dims", "rope_theta"}),
+    "activation": ("decoder_model_merged", other_type("FastGelu", "Identity"), {"activation"}),
+    "logits": ("decoder_model_merged", lambda m: m.graph.output.pop(0), {"vocab"}),
+    "patches": ("vision_encoder", without("Conv", "strides"), {"patch_size"}),
+    "tower's heads": ("vision_encoder", without("MultiHeadAttention", "num_heads"), {"heads"}),
+    "tower's norms": ("vision_encoder", other_type("LayerNormalization", "Identity"), {"norm_eps"}),
+    "tower's activation": ("vision_encoder", other_type("FastGelu", "Identity"), {"activation"}),
+}
+
+
+@pytest.mark.parametrize("damage", VANISHED)
+def test_a_fact_that_is_gone_is_stated_as_none(bundle, damage):
+    graph, how, gone = VANISHED[damage]
+    part = "vision" if graph == "vision_encoder" else "decoder"
+    change(bundle, graph, how)
+    facts = ONNX.read(TINY, bundle).facts
+    assert {path for path, value in facts.items() if value is None} == {f"{part}.{name}" for name in gone}
+    assert {path for path, value in facts.items() if value != stated(TINY, path)} == {f"{part}.{name}" for name in gone}
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_model_without_them_need_not_state_them(tmp_path, flavour):
+    """No rotary dimensions, one pair of them, a base of many digits, activations that are spelt out."""
+    for i, decoder in enumerate(({"rope_theta": 12345.0}, {"activation": "silu"}, {"activation": "quick_gelu"})):
+        spec = made_up(decoder)
+        export(order_of(spec, flavour=flavour), random_tensors(spec), tmp_path / str(i))
+        facts = ONNX.read(spec, tmp_path / str(i)).facts
+        assert facts == {path: stated(spec, path) for path in facts}
+    for dims in (0, 2) if flavour == "portable" else ():
+        spec = made_up({"rope_dims": dims})
+        export(order_of(spec, flavour=flavour), random_tensors(spec), tmp_path / f"dims-{dims}")
+        facts = ONNX.read(spec, tmp_path / f"dims-{dims}").facts
+        assert facts == {path: stated(spec, path) for path in facts}
+        assert ("decoder.rope_dims" in facts) == (dims > 0)
+
+
+def reconfigured(folder: Path, **values: Any) -> Mapping[str, Any]:
+    """The facts of an export whose JSON files say something else."""
+    for name in ("preprocessor_config.json", "generation_config.json"):
+        data = json.loads((folder / name).read_text())
+        data |= {key: value for key, value in values.items() if key in data}
+        (folder / name).write_text(json.dumps(data))
+    return ONNX.read(TINY, folder).facts
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("size", "image.size"),
+        ("resample", "image.resample"),
+        ("image_mean", "image.mean"),
+        ("image_std", "image.std"),
+        ("eos_token_id", "prompt.stop"),
+        ("max_new_tokens", "prompt.max_tokens"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value",
+    [None, [1], [[1], {}], {"height": [1]}, {"height": 1, "width": 2}, 77, -1, 1.5, True, "text", 10**400],
+    ids=str,
+)
+def test_a_value_of_another_type_is_a_fact_that_differs(bundle, key, path, value):
+    assert reconfigured(bundle, **{key: value})[path] != stated(TINY, path)
+
+
+@pytest.mark.parametrize("value", [0, [0]])
+def test_one_stop_token_may_stand_for_a_list_of_one(bundle, value):
+    assert reconfigured(bundle, eos_token_id=value)["prompt.stop"] == TINY.prompt.stop == (0,)
+    assert reconfigured(bundle, eos_token_id=5)["prompt.stop"] == (5,)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{", "", "null", "[" * 100_000])
+def test_a_config_that_is_no_object_is_refused(bundle, text):
+    (bundle / "generation_config.json").write_text(text)
+    with pytest.raises(BundleError, match=r"generation_config\.json is missing or no JSON object"):
+        ONNX.read(TINY, bundle)
 
 
 def renamed(model: Model) -> None:

@@ -1,13 +1,14 @@
 """Scores against values worked out by hand from the published definitions."""
 
 from functools import cache
+from itertools import permutations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmedge.answer import Box
-from vlmedge.scoring import anls, exact, iou, levenshtein, match_boxes, match_points, near, normalised, vqa
+from vlmedge.scoring import BOX_HIT, anls, exact, iou, levenshtein, match_boxes, match_points, near, normalised, vqa
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_overlap_of_boxes():
     assert iou(one, Box(0.3, 0.3, 0.3, 0.3)) == 0  # no area
 
 
-def test_boxes_are_taken_in_turn_and_used_once():
+def test_boxes_are_used_once():
     left, right = Box(0.0, 0.0, 0.4, 1.0), Box(0.6, 0.0, 1.0, 1.0)
     assert match_boxes([left, right], [right, left]) == (2, 2.0)
     assert match_boxes([left, left], [left]) == (1, 1.0)
@@ -101,6 +102,37 @@ def test_boxes_are_taken_in_turn_and_used_once():
     assert overlap == pytest.approx(1 / 3)
 
 
+def test_one_box_over_everything_counts_once():
+    things = [Box(0.0, 0.0, 0.3, 1.0), Box(0.3, 0.0, 0.6, 1.0), Box(0.6, 0.0, 1.0, 1.0)]
+    assert match_boxes(things, [Box(0.0, 0.0, 1.0, 1.0)]) == (0, pytest.approx(0.4))
+
+
+def test_hits_come_before_overlap():
+    """The equal pair would leave the others an overlap of 0.46: more in sum, but one hit in place of two."""
+    one, two, small = (Box(left, 0.0, right, 1.0) for left, right in ((0.0, 0.5), (0.15, 0.65), (0.12, 0.395)))
+    assert match_boxes([one, two], [one, small]) == (2, pytest.approx(7 / 13 + 0.55))
+
+
+edges = st.integers(0, 4).map(lambda n: n / 5)
+some_boxes = st.lists(
+    st.tuples(edges, edges, st.integers(1, 3), st.integers(1, 3)).map(
+        lambda b: Box(b[0], b[1], b[0] + b[2] / 5, b[1] + b[3] / 5)
+    ),
+    max_size=4,
+)
+
+
+@given(some_boxes, some_boxes)
+def test_boxes_are_matched_as_well_as_can_be(wanted, found):
+    """Against every way to pair them; the order of neither side matters."""
+    longer, shorter = sorted((wanted, found), key=len, reverse=True)
+    ways = [[iou(a, b) for a, b in zip(chosen, shorter, strict=True)] for chosen in permutations(longer, len(shorter))]
+    best = max((sum(share >= BOX_HIT for share in way), sum(way)) for way in ways)
+    for one, two in ((wanted, found), (wanted[::-1], found), (found, wanted)):
+        hits, overlap = match_boxes(one, two)
+        assert (hits, overlap) == (best[0], pytest.approx(best[1]))
+
+
 def test_points_are_used_once():
     def inside(a, b):
         return a < 0.5
@@ -108,6 +140,29 @@ def test_points_are_used_once():
     assert match_points([inside, inside], [(0.1, 0.1)]) == 1
     assert match_points([inside, inside], [(0.9, 0.1), (0.1, 0.1), (0.2, 0.1)]) == 2
     assert match_points([], [(0.1, 0.1)]) == 0
+    assert match_points([inside], []) == 0
+
+
+def test_points_in_things_that_overlap_count_in_any_order():
+    def wide(a, b):
+        return a < 0.6
+
+    def narrow(a, b):
+        return a < 0.3
+
+    for things in permutations((wide, narrow)):
+        for points in permutations(((0.1, 0.5), (0.5, 0.5))):
+            assert match_points(things, points) == 2
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), max_size=5))
+def test_as_many_points_count_as_can(held):
+    """Against every way to give the points away."""
+    things = [lambda x, y, row=row: row[int(x)] for row in held]
+    points = [(float(i), 0.0) for i in range(4)]
+    rows = held + [[False] * 4] * 4  # a point may be nobody's
+    most = max(sum(row[i] for i, row in enumerate(way)) for way in permutations(rows, 4))
+    assert match_points(things, points) == most
 
 
 def test_near_is_a_circle_in_pixels():

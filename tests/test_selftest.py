@@ -129,7 +129,8 @@ def test_choices_and_their_margins(bundles):
 
 
 def with_limits(manifest: Manifest, *limits: Limits) -> Manifest:
-    return replace(manifest, profile=replace(manifest.profile, limits=limits))
+    """A profile of the user's own: limits of an installed one are not taken from a manifest."""
+    return replace(manifest, profile=replace(manifest.profile, name="own", limits=limits))
 
 
 def test_limits_are_those_of_the_stored_comparison(bundles):
@@ -140,7 +141,7 @@ def test_limits_are_those_of_the_stored_comparison(bundles):
     for limits, expected in (
         ((original, stored), (1e-3, 2e-3, 3e-3, 4e-3)),
         ((original,), (1e-1, 2e-1, 3e-1, None)),
-        ((), (None,) * 4),
+        ((), (0.1, 0.1, 0.35, 0.1)),
     ):
         data = record(with_limits(bundle.manifest, *limits), tokenizer, None)
         assert tuple(data["limits"][s] for s in ("features", "projected", "logits", "regions")) == expected

@@ -56,7 +56,7 @@ def test_streamed_equals_whole(found, ours, original):
     assert {t.reading for t in result.tokens} == {"small picture", "large picture", "picture"}
     assert all(t.token == t.reference_token and t.kl < 1e-8 for t in result.tokens)
     numbers = {s.stage: s.numbers for s in result.stages}
-    assert numbers["boxes"]["equal"] == numbers["boxes"]["bins"] >= 8 + 4  # two boxes and two points
+    assert numbers["boxes"]["equal"] == numbers["boxes"]["choices"] >= 8 + 4  # two boxes and two points
     assert numbers["boxes"]["iou"] == 1
     assert numbers["tokens"]["positions"] == len(result.tokens) > TOKENS
     assert "first_divergence" not in numbers["tokens"]
@@ -132,7 +132,7 @@ def test_a_bin_that_is_another(found, ours, original):
     record = replace(ours.record, heads=heads)
     boxes = stages(found.spec, record, original, limits(logits=1e-3))["boxes"]
     assert boxes.outcome == "failed"
-    assert boxes.numbers["equal"] == boxes.numbers["bins"] - 1
+    assert boxes.numbers["equal"] == boxes.numbers["choices"] - 1
     assert boxes.numbers["iou_least"] < 1
 
 

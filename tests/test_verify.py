@@ -96,7 +96,7 @@ def test_pictures_of_ones_own(exported, golden, tmp_path, succeed, refused):
     [
         (("--report", "x.pdf"), "--report takes a name that ends in .html, .md, .json, not 'x.pdf'", 2),
         (("--report", "nowhere/x.md"), "there is no folder nowhere", 1),
-        (("--pictures", 3), "--data and --pictures go with --ablate", 2),
+        (("--pictures", 3), "--data, --pictures and --dtype go with --ablate", 2),
         (("--ablate", "--runtime", "onnxruntime"), "do not go with --ablate", 2),
         (("--against", "moondram2"), "did you mean 'moondream2'", 2),
     ],

@@ -14,24 +14,27 @@ from vlmedge.exporters.gguf import quantizer
 from vlmedge.exporters.gguf.ggml import TYPES, GgmlType
 from vlmedge.session import F32, U8
 
-# Bits of a value, and the values of a row that share what is rounded with them (ggml/src/ggml-common.h): the scales
-# of K-quants and of IQ4_XS are integers of 4, 6 or 8 bits that themselves share one scale per 256.
+# Bits of a value, and the values of a row that share a scale (ggml/src/ggml-common.h). In K-quants and IQ4_XS these
+# scales are integers that share one scale per 256 values: up to 15 (Q2_K), 31 (Q3_K, IQ4_XS), 63 (Q4_K, Q5_K) or
+# 127 (Q6_K), and so are the minima of Q2_K, Q4_K and Q5_K. What is below half a step of these is lost as a whole. With
+# L steps it is up to 2^bits / 4 L of the largest value step, and as much again where a minimum is rounded too. `share`
+# brings the worst group of right encodings to half a step or less (tests/test_parity_weights.py measures them).
 GRAINS = {
     "F32": Grain(32),
     "F16": Grain(16),
-    "BF16": Grain(16),
+    "BF16": Grain(16, mantissa=7),
     "Q8_0": Grain(8, 32),
     "Q5_0": Grain(5, 32),
     "Q5_1": Grain(5, 32),
     "Q4_0": Grain(4, 32),
     "Q4_1": Grain(4, 32),
     "IQ4_NL": Grain(4, 32),
-    "IQ4_XS": Grain(4, 256),
-    "Q6_K": Grain(6, 256),
-    "Q5_K": Grain(5, 256),
-    "Q4_K": Grain(4, 256),
-    "Q3_K": Grain(3, 256),
-    "Q2_K": Grain(2, 256),
+    "IQ4_XS": Grain(4, 32, whole=256, share=1 / 6),
+    "Q6_K": Grain(6, 16, whole=256, share=1 / 6),
+    "Q5_K": Grain(5, 32, whole=256, share=9 / 16),
+    "Q4_K": Grain(4, 32, whole=256, share=1 / 4),
+    "Q3_K": Grain(3, 16, whole=256, share=1 / 8),
+    "Q2_K": Grain(2, 16, whole=256, share=1 / 5),
 }
 # Types that store a block's minimum, or steps of unequal length: among other values zero is only nearly zero.
 NO_ZERO = frozenset({"Q5_1", "Q4_1", "IQ4_NL", "IQ4_XS", "Q5_K", "Q4_K", "Q2_K"})

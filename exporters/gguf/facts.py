@@ -100,7 +100,7 @@ def tokenizer_facts(spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:
         "tokenizer.bos": bos,
         "tokenizer.adds_bos": True,
         "tokenizer.eos": spec.prompt.stop[0],
-        "tokenizer.chat_template": chat_template(spec.prompt, found, bos),
+        "tokenizer.chat_template": chat_template(spec.prompt, found, bos) or None,  # an empty one is not written
     }
 
 
@@ -115,8 +115,9 @@ def read_metadata(file: GgufFile) -> dict[str, Any]:
 def _decoder_facts(file: GgufFile) -> dict[str, Any]:
     keys = read_metadata(file)
     name = keys.get("general.architecture")
-    if name not in _GRAPHS:
-        raise BundleError(f"{file.path} is of the architecture {name}; vlmedge writes {', '.join(_GRAPHS)}")
+    if not isinstance(name, str) or name not in _GRAPHS:
+        said = name if isinstance(name, str) and name.isprintable() else ascii(name)
+        raise BundleError(f"{file.path} is of the architecture {said:.80}; vlmedge writes {', '.join(_GRAPHS)}")
     tokens, types, merges = (keys.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
     return (
         {f"decoder.{field}": keys.get(f"{name}.{key}") for field, key in _DECODER.items()}
@@ -138,11 +139,14 @@ def _vision_facts(file: GgufFile) -> dict[str, Any]:
 
 
 def _layers(keys: Mapping[str, Any]) -> int | None:
-    """Up to the deepest feature layer; without one the graph stops one block short (tools/mtmd/models/llava.cpp)."""
-    blocks: int | None = keys.get("clip.vision.block_count")
-    if blocks is None:
+    """Up to the deepest feature layer; without one the graph stops one block short (tools/mtmd/models/llava.cpp).
+
+    None where a key is missing or is no number, or no list of numbers.
+    """
+    blocks, chosen = keys.get("clip.vision.block_count"), keys.get("clip.vision.feature_layer", [])
+    if type(blocks) is not int or not isinstance(chosen, list) or any(type(layer) is not int for layer in chosen):
         return None
-    deepest: int = max(keys.get("clip.vision.feature_layer") or [-1])
+    deepest = max(chosen, default=-1)
     return blocks - 1 if deepest < 0 else min(deepest, blocks)
 
 

@@ -115,7 +115,7 @@ def _text_parts(folder: Path) -> list[GgufFile]:
     paths = sorted(folder.glob("text*.gguf")) or [folder / TEXT]
     parts = [GgufFile(path) for path in paths]
     numbers = [part.metadata.get("split.no", 0) for part in parts]
-    if numbers != list(range(parts[0].metadata.get("split.count", 1))):
+    if parts[0].metadata.get("split.count", 1) != len(parts) or numbers != list(range(len(parts))):
         raise BundleError(
             f"{folder} lacks a part of {TEXT} or has one too many: {paths[0].name} says how many there are"
         )
@@ -140,7 +140,8 @@ def _places(file: str, opened: list[GgufFile], spec: ModelSpec) -> Iterator[tupl
             canonical = name if file == HEADS else _canonical(name)
             if canonical in seen or expected.get(canonical, ("",))[0] != file:
                 what = "twice" if canonical in seen else "which this model does not have there"
-                raise BundleError(f"{part.path} has the tensor {name} {what}; export it again")
+                said = name if name.isprintable() else ascii(name)
+                raise BundleError(f"{part.path} has the tensor {said:.120} {what}; export it again")
             seen.add(canonical)
             yield canonical, (part, stored)
 
@@ -168,5 +169,8 @@ def _covers(outer: Shape, inner: Shape, padded: int | None) -> bool:
 
 
 def _coarser(fold: Grain, local: Grain) -> Grain:
-    """The grain of a difference of both: the errors of two stored arrays add up."""
-    return Grain(min(fold.bits, local.bits), max(fold.group, local.group), pieces=2)
+    """The grain of a difference of both: the coarser in everything."""
+    both = fold, local
+    group, whole, share = (max(getattr(grain, part) for grain in both) for part in ("group", "whole", "share"))
+    digits = min((grain.mantissa for grain in both if grain.mantissa), default=0)
+    return Grain(min(fold.bits, local.bits), group, 2, whole, share, digits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,23 @@ import numpy.typing as npt
 import onnx
 
 from vlmedge.errors import BundleError
+from vlmedge.exporters.onnx.flavour import Flavour
 from vlmedge.exporters.onnx.opened import Dim, GraphFile, attribute
+from vlmedge.spec import Activation, DecoderSpec, ModelSpec
 
 _NORMS = {"LayerNormalization": "layer", "SimplifiedLayerNormalization": "rms", "RMSNormalization": "rms"}
 _QUICK = {1.702: "quick_gelu", 1.0: "silu"}  # steepness of x * sigmoid(steepness * x)
 _ROUNDING = 2.0**-21  # of an angle in float32, relative: the power, the division and the product round
 _NEAR = 2e-6  # of a base worked out from one such angle, relative
 Facts = dict[str, Any]
+# What graphs of every flavour state of every model, and what only those of one do; `_sometimes` adds the rest.
+_STATED: dict[str, tuple[str, ...]] = {
+    "decoder": ("layers", "kv_heads", "head_dim", "width", "vocab", "bidirectional_prefix", "norm", "norm_eps"),
+    "vision": ("layers", "heads", "width", "channels", "image_size", "patch_size", "norm_eps"),
+}
+_STATED_BY: dict[Flavour, tuple[str, ...]] = {"ort": ("decoder.heads",), "portable": ()}
+_SPELT_OUT: dict[Flavour, tuple[Activation, ...]] = {"ort": (), "portable": ("silu", "quick_gelu")}  # Mul and Sigmoid
+_DIGITS = 4  # of a rotary base
 _RESAMPLE = {1: "lanczos", 3: "bicubic"}  # PIL.Image.Resampling
 
 
@@ -43,22 +53,64 @@ def facts_of(graphs: Mapping[str, GraphFile]) -> Facts:
     return out
 
 
+def flavour_in(graphs: Iterable[GraphFile]) -> Flavour:
+    """The flavour that graphs are of: only "ort" has operators of ONNX Runtime's own."""
+    ours = ("com.microsoft", "SimplifiedLayerNormalization")
+    found = any(node.domain == ours[0] or node.op_type == ours[1] for graph in graphs for node in graph.nodes)
+    return "ort" if found else "portable"
+
+
+def expected_facts(spec: ModelSpec, flavour: Flavour) -> Facts:
+    """Every fact that graphs of a flavour must state of this model, as None: what `facts_of` does not find stays so."""
+    always = (f"{part}.{name}" for part, names in _STATED.items() for name in names)
+    return dict.fromkeys((*always, *_STATED_BY[flavour], *_sometimes(spec, flavour)))
+
+
+def _sometimes(spec: ModelSpec, flavour: Flavour) -> Iterator[str]:
+    """What is stated of some models: activations that have an operator, and rotary tables and what they tell."""
+    for part in ("vision", "projector", "decoder", "region"):
+        block = getattr(spec, part)
+        if block is not None and block.activation not in _SPELT_OUT[flavour]:
+            yield f"{part}.activation"
+    if spec.decoder.rope_dims:
+        yield from ("decoder.context", "decoder.rope_dims")
+    if _legible(spec.decoder):
+        yield "decoder.rope_theta"
+
+
+def _legible(spec: DecoderSpec) -> bool:
+    """Can `rope_theta` find the base in this decoder's tables?"""
+    short = float(f"{spec.rope_theta:.{_DIGITS}g}") == spec.rope_theta > 1
+    return short and spec.rope_dims > 2 and spec.context > 1
+
+
 def config_facts(folder: Path) -> Facts:
     """What the small JSON files beside the graphs say, which transformers.js and optimum read.
 
     Raises BundleError for one that is missing or no JSON object.
     """
     pixels, words = (_config(folder / name) for name in ("preprocessor_config.json", "generation_config.json"))
-    size = pixels.get("size") or {}
+    size, resample = pixels.get("size"), pixels.get("resample")
+    square = isinstance(size, dict) and size.get("height") == size.get("width")
     return {
-        "image.size": size.get("height") if size.get("height") == size.get("width") else size,
-        "image.resample": _RESAMPLE.get(pixels.get("resample", -1), pixels.get("resample")),
-        "image.mean": tuple(pixels.get("image_mean") or ()),
-        "image.std": tuple(pixels.get("image_std") or ()),
-        "prompt.stop": tuple(words.get("eos_token_id") or ()),
-        "prompt.banned": tuple(words.get("suppress_tokens") or ()),
+        "image.size": size.get("height") if isinstance(size, dict) and square else size,
+        "image.resample": _RESAMPLE.get(resample, resample) if type(resample) is int else resample,
+        "image.mean": _listed(pixels.get("image_mean")),
+        "image.std": _listed(pixels.get("image_std")),
+        "prompt.stop": _listed(words.get("eos_token_id")),
+        "prompt.banned": _listed(words.get("suppress_tokens")),
         "prompt.max_tokens": words.get("max_new_tokens"),
     }
+
+
+def _listed(value: Any) -> Any:
+    """A list as a tuple, one number as a tuple of it (as transformers takes an `eos_token_id`), nothing as none.
+
+    Anything else as it is: no spec has it.
+    """
+    if value is None or isinstance(value, list):
+        return tuple(value or ())
+    return (value,) if type(value) is int else value
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -129,7 +181,7 @@ def _attributes(graph: GraphFile, op: str, name: str) -> list[int]:
 
 def _strides(node: onnx.NodeProto) -> list[int]:
     none: list[int] = []
-    return attribute(node, "strides", none)
+    return [side for side in attribute(node, "strides", none) if isinstance(side, int)]
 
 
 def _epsilons(graph: GraphFile) -> list[float]:
@@ -161,6 +213,8 @@ def _rotary(graph: GraphFile) -> Iterable[tuple[str, Any]]:
         cos, sin = (graph.constant(name) for name in names) if len(names) == 2 else (None, None)
         if cos is None or sin is None or cos.ndim != 2 or cos.shape != sin.shape:
             continue
+        if not cos.dtype == sin.dtype == np.float32:
+            continue
         yield "context", cos.shape[0]
         yield "rope_dims", 2 * cos.shape[1]
         theta = rope_theta(cos, sin)
@@ -181,7 +235,7 @@ def rope_theta(cos: npt.NDArray[np.float32], sin: npt.NDArray[np.float32]) -> fl
     if not 0 < slowest < 1:
         return None
     estimate = slowest ** (-half / (half - 1))
-    rounded = (float(f"{estimate:.{digits}g}") for digits in range(1, 5))
+    rounded = (float(f"{estimate:.{digits}g}") for digits in range(1, _DIGITS + 1))
     theta = next((theta for theta in rounded if abs(theta / estimate - 1) < _NEAR), None)
     if theta is None:
         return None

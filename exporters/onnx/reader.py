@@ -15,7 +15,7 @@ import onnx
 
 from vlmedge.errors import BundleError
 from vlmedge.exporters.base import Grain, Readback
-from vlmedge.exporters.onnx.facts import config_facts, facts_of
+from vlmedge.exporters.onnx.facts import config_facts, expected_facts, facts_of, flavour_in
 from vlmedge.exporters.onnx.opened import GraphFile, StoredArray, attribute
 from vlmedge.exporters.onnx.unpacking import StoredColumns, StoredFloats, StoredRows
 from vlmedge.spec import ModelSpec, Shape
@@ -44,7 +44,7 @@ class Found:
 
 
 def read_graphs(spec: ModelSpec, folder: Path) -> Readback:
-    """Open every graph of a bundle in `folder`; see `Exporter.read`.
+    """Open every graph of a bundle in `folder`; see `Exporter.read`. A fact that they must state and do not is None.
 
     A tensor has one entry for every place in which it is stored. Its plain name is the one in the decoder's graph,
     or where that has none, the first to be met; other bytes in the decoder's graph for prefill are `NAME#prefill`,
@@ -65,7 +65,9 @@ def read_graphs(spec: ModelSpec, folder: Path) -> Readback:
         {name: found.tensor for name, found in named.items()},
         {name: found.grain for name, found in named.items()},
         {name: found.bytes for name, found in named.items()},
-        facts_of({graph.name: graph for graph in graphs}) | config_facts(folder),
+        expected_facts(spec, flavour_in(graphs))
+        | facts_of({graph.name: graph for graph in graphs})
+        | config_facts(folder),
     )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -27,7 +25,6 @@ from vlmedge.exporters import Encoding, Order
 from vlmedge.loading import Described, source_label
 from vlmedge.prompt import skills
 from vlmedge.quant_profiles import QuantProfile
-from vlmedge.records import encode
 from vlmedge.spec import COMPONENTS, DecoderSpec, ModelSpec, component
 
 _WRITERS = ("gguf", "libggml-python", "llama-cpp-python", "onnx", "onnx-ir", "onnxruntime")
@@ -59,7 +56,7 @@ def describe_bundle(
         licence=licence,
         profile=ProfileEntry(
             profile.name,
-            profile_digest(profile),
+            profile.digest,
             parameters,
             _bits(stored, parameters),
             order.kv_cache,
@@ -104,12 +101,6 @@ def memory_entry(decoder: DecoderSpec, components: tuple[ComponentEntry, ...], k
     """Bytes of weights by component and of the KV cache."""
     position = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _KV_BYTES[kv_cache]
     return MemoryEntry({c.name: c.bytes for c in components}, position, position * decoder.context)
-
-
-def profile_digest(profile: QuantProfile) -> str:
-    """A hash of the rules, so that two bundles of one profile name can be told apart."""
-    rules = json.dumps(encode(replace(profile, limits=())), sort_keys=True)
-    return hashlib.sha256(rules.encode()).hexdigest()[:16]
 
 
 def tokenizer_entry(content: bytes, file: str) -> TokenizerEntry:

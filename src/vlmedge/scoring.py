@@ -129,32 +129,71 @@ def iou(one: Edges, two: Edges) -> float:
 def match_boxes(wanted: Sequence[Edges], found: Sequence[Edges]) -> tuple[int, float]:
     """Hits, and the sum of overlaps (IoU) over the wanted boxes, 0 for one that was not found.
 
-    Each wanted box in turn takes the found one that overlaps it most; a hit (at least 0.5) uses that one up.
+    Every wanted box gets one found box at most and the reverse: so that there are as many hits (at least 0.5) as can
+    be, and among those ways so that the sum is the largest. The order of the boxes does not matter.
     """
-    left = list(found)
-    hits, total = 0, 0.0
-    for target in wanted:
-        best = max(left, key=lambda box: iou(target, box), default=None)
-        if best is None:
-            continue
-        share = iou(target, best)
-        total += share
-        if share >= BOX_HIT:
-            hits += 1
-            left.remove(best)
-    return hits, total
+    shares = [[iou(target, box) for box in found] for target in wanted]
+    hit = min(len(wanted), len(found)) + 1.0  # more than all overlaps together
+    pairs = assign([[share + hit * (share >= BOX_HIT) for share in row] for row in shares])
+    taken = [shares[i][j] for i, j in pairs]
+    return sum(share >= BOX_HIT for share in taken), math.fsum(taken)
 
 
 def match_points(wanted: Sequence[Holds], found: Sequence[tuple[float, float]]) -> int:
-    """How many of the wanted things hold a found point; a point is used once. In whatever unit the things take."""
-    left = list(found)
-    hits = 0
-    for holds in wanted:
-        inside = next((at for at in left if holds(*at)), None)
-        if inside is not None:
-            hits += 1
-            left.remove(inside)
-    return hits
+    """How many of the wanted things hold a found point, in whatever unit the things take.
+
+    A point counts for one thing at most, so that the number is the largest. The order does not matter.
+    """
+    held = [[float(holds(*at)) for at in found] for holds in wanted]
+    return round(sum(held[i][j] for i, j in assign(held)))
+
+
+def assign(worth: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """The pairs (row, column) of the largest total worth, each row and column used at most once.
+
+    `worth`: finite numbers of 0 or more, [rows, columns]. There are as many pairs as the shorter side is long. This is
+    the Hungarian method (Kuhn 1955), row by row along shortest augmenting paths (Jonker and Volgenant 1987): O(n^3).
+    """
+    rows, columns = len(worth), len(worth[0]) if worth else 0
+    if rows > columns:
+        return [(i, j) for j, i in assign(list(zip(*worth, strict=True)))]
+    owner: dict[int, int] = {}
+    prices = [0.0] * rows, [0.0] * columns
+    for row in range(rows):
+        _give(row, worth, owner, *prices)
+    return [(i, j) for j, i in owner.items()]
+
+
+def _give(
+    row: int, worth: Sequence[Sequence[float]], owner: dict[int, int], rows: list[float], columns: list[float]
+) -> None:
+    """Give `row` a column, for which other rows may move on to their next best.
+
+    `rows` and `columns` are prices: a pair's sum is at least its worth, and just that for the pairs of `owner`.
+    """
+    gaps, before = dict.fromkeys(range(len(columns)), math.inf), dict[int, int | None]()
+    path: list[int] = []
+    asking, here = row, None
+    while True:
+        for j in gaps:
+            gap = rows[asking] + columns[j] - worth[asking][j]
+            if gap < gaps[j]:
+                gaps[j], before[j] = gap, here
+        here = min(gaps, key=gaps.__getitem__)
+        step = gaps.pop(here)
+        rows[row] -= step
+        for j in path:
+            rows[owner[j]] -= step
+            columns[j] += step
+        gaps = {j: gap - step for j, gap in gaps.items()}
+        if here not in owner:
+            break
+        path.append(here)
+        asking = owner[here]
+    while here is not None:
+        back = before[here]
+        owner[here] = row if back is None else owner[back]
+        here = back
 
 
 def near(x: float, y: float, width: float, height: float) -> Holds:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmedge.cli.console import json_option, print_json, print_table, quiet_option, shown, threads_option
+from vlmedge.cli.console import json_option, one_of, print_json, print_table, quiet_option, shown, threads_option
 from vlmedge.cli.options import pickle_option
 from vlmedge.errors import OutputError, UsageError
 
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 @click.option(
     "--data", metavar="demo|FILE.jsonl", help="With --ablate: questions to ask [default: demo's, for a demo]."
 )
+@click.option(
+    "--dtype",
+    callback=one_of("f32", "bf16", "f16"),
+    metavar="f32|bf16|f16",
+    help="Of the original that is asked --data [default: f32].",
+)
 @click.option("--pictures", type=click.IntRange(1), metavar="N", help="Of --data, the first N [default: 20 of demo].")
 @pickle_option
 @threads_option
@@ -45,6 +51,7 @@ def command(
     provider: str | None,
     ablate: bool,
     data: str | None,
+    dtype: str | None,
     pictures: int | None,
     allow_pickle: bool,
     threads: int | None,
@@ -52,7 +59,7 @@ def command(
     as_json: bool,
 ) -> int:
     """Compare BUNDLE with the original and name the first stage at which they part. Exit code 1 where one fails."""
-    _check_unused(ablate, data, pictures, runtime, provider)
+    _check_unused(ablate, (data, pictures, dtype), (runtime, provider))
     write = _writer(report)
     from vlmedge.parity.verify import pictures_in, verify
 
@@ -64,23 +71,23 @@ def command(
     given: dict[str, Any] = {"threads": threads, "allow_pickle": allow_pickle}
     with shown(quiet or as_json) as progress:
         if ablate:
-            found = _ablated(bundle, against, own, data, pictures, progress, given)
+            found = _ablated(bundle, against, own, data, pictures, progress, given | {"dtype": dtype or "f32"})
         else:
             found = verify(bundle, against, own, runtime=runtime, provider=provider, progress=progress, **given)
-    write(found)
     if as_json:
         print_json(found.as_dict())
     else:
         _print(found)
+    write(found)  # last: a full disk shall not cost the result
     return 0 if found.passed else 1
 
 
 _DEMO_PICTURES = 20
 
 
-def _check_unused(ablate: bool, data: str | None, pictures: int | None, *choices: str | None) -> None:
-    if (data is not None or pictures is not None) and not ablate:
-        raise UsageError("--data and --pictures go with --ablate; 'vlmedge eval' asks without it")
+def _check_unused(ablate: bool, asking: Sequence[object], choices: Sequence[object]) -> None:
+    if any(given is not None for given in asking) and not ablate:
+        raise UsageError("--data, --pictures and --dtype go with --ablate; 'vlmedge eval' asks without it")
     if ablate and any(choices):
         raise UsageError("--runtime and --provider do not go with --ablate, which measures weights")
 

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -16,12 +16,13 @@ from typing import Any, TypeAlias
 from vlmedge import __version__, errors
 from vlmedge.errors import MissingExtraError, RuntimeFailedError, UsageError, VlmedgeError
 from vlmedge.evaluation.dataset import DEMO, open_dataset
-from vlmedge.evaluation.job import Shard, Task, answer, todo
+from vlmedge.evaluation.job import Shard, Task, answer, opened, todo
 from vlmedge.evaluation.row import Row, read_row
 from vlmedge.families import known_models
 from vlmedge.loading import names_bundle
 from vlmedge.progress import Progress
 from vlmedge.records import decode
+from vlmedge.skills import Model
 from vlmedge.sources import DEMO as DEMO_SOURCE
 
 QUESTIONS = 32  # of a part: what a dead machine costs at most; opening the model takes as long as a few of them
@@ -110,10 +111,31 @@ def answer_part(shard: str, done: list[str]) -> str:
     try:
         asked = decode(Shard, json.loads(shard), "the shard")
         _check_files(asked)
-        answer(asked, frozenset(done), rows.append)
+        answer(asked, frozenset(done), rows.append, opener=_kept)
     except VlmedgeError as error:
         return json.dumps({"error": type(error).__name__, "text": f"on the node {socket.gethostname()}: {error}"})
     return json.dumps({"rows": [row.as_dict() for row in rows]})
+
+
+_KEPT: dict[Shard, Model] = {}  # by what opening depends on: a worker's process holds the model of its last part
+
+
+@contextmanager
+def _kept(shard: Shard, progress: Progress) -> Iterator[Model]:
+    """The shard's model, left open for the next part: until another is asked for, or it fails."""
+    key = replace(shard, label="", data="", pictures=None, data_digest="", index=0, count=1, max_tokens=None)
+    if key not in _KEPT:
+        _drop()
+        _KEPT[key] = opened(shard, progress)
+    with ExitStack() as stack:
+        stack.callback(_drop)
+        yield _KEPT[key]
+        stack.pop_all()
+
+
+def _drop() -> None:
+    while _KEPT:
+        _KEPT.popitem()[1].close()
 
 
 def _errand() -> Errand:

@@ -55,7 +55,7 @@ def evaluate(
     and what `load` raises.
     """
     progress, settings = progress or Progress(), settings or Settings()
-    dataset = open_dataset(os.fspath(data), pictures)
+    dataset = open_dataset(os.fspath(data), pictures, progress)
     _check(dataset, sources, shard)
     subjects = _subjects(sources, original, settings, progress)
     folder = Path(out) if out is not None else Path(f"eval-{_digest(dataset, settings)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from vlmedge.errors import UsageError
 from vlmedge.evaluation.asking import ask
@@ -14,6 +15,7 @@ from vlmedge.evaluation.row import Row
 from vlmedge.evaluation.subject import fingerprint
 from vlmedge.loading import load
 from vlmedge.progress import Progress
+from vlmedge.skills import Model
 
 Todo = list[tuple[Picture, list[Question]]]
 
@@ -61,6 +63,10 @@ class Task:
     emit: Callable[[Row], None]
 
 
+# Gives a shard's model for as long as it answers: `opened`, or what keeps it for the next shard.
+Opener: TypeAlias = "Callable[[Shard, Progress], AbstractContextManager[Model]]"
+
+
 class Runner(Protocol):
     """Answers tasks: `run_here`, or `cluster.run` with its address bound. It advances `progress` once per row."""
 
@@ -75,19 +81,11 @@ def run_here(tasks: list[Task], progress: Progress) -> None:
         answer(task.shard, task.done, task.emit, progress)
 
 
-def answer(shard: Shard, done: Container[str], emit: Callable[[Row], None], progress: Progress | None = None) -> None:
-    """Ask the shard's questions whose ids are not in `done`; `emit` gets each row as soon as it is there.
-
-    Picture by picture, all its questions together, so that a picture is encoded once. Nothing is opened where nothing
-    is left to ask. Raises UsageError where `source` or `data` is not what the shard's digests say, and what `load`
-    raises.
-    """
-    progress = progress or Progress()
-    left = todo(open_dataset(shard.data, shard.pictures), shard, done)
-    if not left:
-        return
-    _check(shard)
-    model = load(
+def opened(shard: Shard, progress: Progress) -> Model:
+    """The shard's model; raises UsageError where `source` is not what `model_digest` says, and what `load` raises."""
+    if fingerprint(shard.source, allow_pickle=shard.allow_pickle) != shard.model_digest:
+        raise UsageError(f"{shard.source} is not the model that was asked for; its files have changed")
+    return load(
         shard.source,
         shard.runtime,
         shard.threads,
@@ -95,7 +93,25 @@ def answer(shard: Shard, done: Container[str], emit: Callable[[Row], None], prog
         allow_pickle=shard.allow_pickle,
         progress=progress,
     )
-    with model:
+
+
+def answer(
+    shard: Shard,
+    done: Container[str],
+    emit: Callable[[Row], None],
+    progress: Progress | None = None,
+    opener: Opener = opened,
+) -> None:
+    """Ask the shard's questions whose ids are not in `done`; `emit` gets each row as soon as it is there.
+
+    Picture by picture, all its questions together, so that a picture is encoded once. Nothing is opened where nothing
+    is left to ask. Raises UsageError where `data` is not what the shard's digest says, and what `opener` raises.
+    """
+    progress = progress or Progress()
+    left = todo(open_dataset(shard.data, shard.pictures), shard, done)
+    if not left:
+        return
+    with opener(shard, progress) as model:
         for picture, questions in left:
             image = picture.open()
             for question in questions:
@@ -106,12 +122,7 @@ def answer(shard: Shard, done: Container[str], emit: Callable[[Row], None], prog
 def todo(dataset: Dataset, shard: Shard, done: Container[str]) -> Todo:
     """The shard's pictures with the questions that are left; raises UsageError for another question set."""
     if dataset.digest != shard.data_digest:
-        raise UsageError(f"{shard.data} is not the question set that was asked for; the file has changed")
+        raise UsageError(f"{shard.data} is not the question set that was asked for; the file or a picture has changed")
     mine = dataset.pictures[shard.index :: shard.count]
     left = [(picture, [q for q in picture.questions if q.id not in done]) for picture in mine]
     return [(picture, questions) for picture, questions in left if questions]
-
-
-def _check(shard: Shard) -> None:
-    if fingerprint(shard.source, allow_pickle=shard.allow_pickle) != shard.model_digest:
-        raise UsageError(f"{shard.source} is not the model that was asked for; its files have changed")

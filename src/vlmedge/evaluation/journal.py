@@ -133,7 +133,10 @@ def _check(path: Path, found: Asked, asked: Asked) -> None:
     """Raise OutputError for answers of another model, set or way of asking."""
     if found.schema != SCHEMA:
         raise OutputError(f"{path} has the schema '{found.schema[:40]}', this version reads {SCHEMA}; remove it")
-    what = {"model": "another model (its files have changed)", "data": "another question set"}
+    what = {
+        "model": "another model (its files have changed)",
+        "data": "another question set (its file or a picture has changed)",
+    }
     for key in ("model", "data", "runtime", "dtype", "max_tokens"):
         if getattr(found, key) != getattr(asked, key):
             other = what.get(key, f"{key} {getattr(found, key) or 'by default'}, not {getattr(asked, key)}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,12 @@ from vlmedge.answer import Box, Point
 from vlmedge.errors import UsageError
 from vlmedge.evaluation.question import Picture, Question, Skill
 from vlmedge.picture import load_picture
+from vlmedge.progress import Progress
 from vlmedge.prompt import Reference
 from vlmedge.records import decode
 from vlmedge.scoring import PEOPLE
+
+MANY = 100  # pictures that are worth a progress bar while their files are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,11 @@ class Line:
     kind: str | None = None
 
 
-def read_jsonl(path: Path) -> tuple[str, tuple[Picture, ...]]:
-    """The SHA-256 of the file, and its pictures in the order of their first lines, each with all its questions.
+def read_jsonl(path: Path, progress: Progress | None = None) -> tuple[str, tuple[Picture, ...]]:
+    """A hash of the file and its pictures' files, and the pictures in the order of their first lines, with questions.
 
-    Raises UsageError with file and line for what cannot be meant.
+    A picture that is not there counts as that: whoever asks about it is told. Raises UsageError with file and line for
+    what cannot be meant.
     """
     data = _bytes(path)
     questions: dict[str, list[Question]] = {}
@@ -54,7 +60,35 @@ def read_jsonl(path: Path) -> tuple[str, tuple[Picture, ...]]:
     if not questions:
         raise UsageError(f"{path} holds no questions; docs/eval.md shows the lines that are read")
     pictures = tuple(_picture(name, path.parent / name, asked) for name, asked in questions.items())
-    return hashlib.sha256(data).hexdigest(), pictures
+    return _digest(data, [path.parent / name for name in questions], progress or Progress()), pictures
+
+
+def _digest(data: bytes, files: list[Path], progress: Progress) -> str:
+    if len(files) >= MANY:
+        progress.stage(f"reading {len(files)} pictures", len(files))
+    digest = hashlib.sha256(data)
+    for file in files:
+        digest.update(_picture_digest(file))
+        if len(files) >= MANY:
+            progress.advance(1)
+    return digest.hexdigest()
+
+
+def _picture_digest(file: Path) -> bytes:
+    """The SHA-256 of a file; zeros for one that cannot be read, or is a pipe, which would wait for ever."""
+    try:
+        state = file.stat()
+        if stat.S_ISREG(state.st_mode):
+            return _hashed(os.path.abspath(file), state.st_size, state.st_mtime_ns)
+    except (OSError, ValueError):  # a name with a zero byte is a ValueError
+        return bytes(32)
+    return bytes(32)
+
+
+@cache  # every model and every part of a cluster's work opens the set again
+def _hashed(path: str, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _picture(name: str, file: Path, asked: list[Question]) -> Picture:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from vlmedge.bundle import CHUNK, MANIFEST, open_bundle
 from vlmedge.errors import CheckpointError
-from vlmedge.loading import describe, names_bundle
+from vlmedge.loading import Described, describe, names_bundle
+from vlmedge.pickles import INDEX as PICKLE_INDEX
 from vlmedge.progress import Progress
+from vlmedge.selection import SMALL
+from vlmedge.tensorfile import INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,32 +47,38 @@ def examine(source: str, label: str, *, allow_pickle: bool = False, progress: Pr
         return Subject(source, label, digest, bundle.bytes, manifest.format, manifest.profile.name)
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
     size = sum(file.stat().st_size for file in found.checkpoint.files)
-    return Subject(source, label, _checkpoint(found.checkpoint.folder, found.checkpoint.files), size, "checkpoint", "")
+    return Subject(source, label, _checkpoint(found), size, "checkpoint", "")
 
 
 def fingerprint(source: str, *, allow_pickle: bool = False) -> str:
     """A hash of all that the answers depend on.
 
     A bundle's is its manifest's, after every file was compared with it (BundleError where one is damaged); a
-    checkpoint's is that of its config and weights. All bytes are read.
+    checkpoint's is that of its weights, of every small file that is downloaded with them (`selection.SMALL`: configs,
+    tokenizer files, code) and of the tokenizer that is used, which may come from elsewhere. All bytes are read.
     """
     if names_bundle(source):
         bundle = open_bundle(Path(source))
         bundle.check()
         return _hash([bundle.path / MANIFEST])
-    checkpoint = describe(source, allow_pickle=allow_pickle).checkpoint
-    return _checkpoint(checkpoint.folder, checkpoint.files)
+    return _checkpoint(describe(source, allow_pickle=allow_pickle))
 
 
-def _checkpoint(folder: Path, weights: Iterable[Path]) -> str:
+def _checkpoint(found: Described) -> str:
     try:
-        return _hash([folder / "config.json", *weights])
+        return _hash([*_small(found.checkpoint.folder), *found.checkpoint.files], found.tokenizer)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
-def _hash(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def _small(folder: Path) -> list[Path]:
+    """The files beside the weights that can decide an answer."""
+    patterns = (*SMALL, INDEX, PICKLE_INDEX)
+    return sorted(p for p in folder.iterdir() if p.is_file() and any(fnmatch(p.name, known) for known in patterns))
+
+
+def _hash(files: Iterable[Path], first: bytes = b"") -> str:
+    digest = hashlib.sha256(first)
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:

@@ -12,6 +12,7 @@ from vlmedge.evaluation.statistics import Estimate, Sums, difference, estimate, 
 from vlmedge.evaluation.subject import Subject
 
 SCHEMA = "vlmedge.evaluation/1"
+CHANCE = 0.05  # a p-value from which on a split of the flips may be chance
 
 # Of a row: what it adds to a metric, and what it is divided by; None where it does not take part.
 Part = Callable[[Row], tuple[float, float] | None]
@@ -90,7 +91,10 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """In words, from the interval of `right`."""
+        """In words: a difference has an interval of `right` without 0 and a `p` under 0.05, else none is claimed.
+
+        Either alone would: of two pictures that lost a question each every draw is alike, and p knows no pictures.
+        """
         found = self.differences.get("right")
         if found is None:
             return "no question was answered by both"
@@ -99,7 +103,9 @@ class Pair:
         if found.low is None:
             return "one picture tells nothing"
         if found.includes_zero:
-            return "no difference seen (the interval includes 0)"
+            return "no clear difference (the interval includes 0)"
+        if self.p >= CHANCE:
+            return f"no clear difference (p is {self.p:.2g})"
         return "better" if found.value > 0 else "worse"
 
 

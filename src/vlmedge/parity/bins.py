@@ -34,6 +34,6 @@ def _values(decoder: Head, spec: RegionSpec) -> F32:
     if decoder.name == "coord_decoder":
         return np.array([decoder.outputs.argmax() / decoder.outputs.size], np.float32)
     bins = decoder.outputs.reshape(2, -1).argmax(axis=1).astype(np.float64)
-    if spec.size_scale == "linear":
-        return (bins / spec.size_bins).astype(np.float32)
-    return np.exp2(10 * bins / (spec.size_bins - 1) - 10).astype(np.float32)
+    linear = spec.size_scale == "linear"
+    sizes = bins / spec.size_bins if linear else np.exp2(10 * bins / (spec.size_bins - 1) - 10)
+    return np.array(sizes, np.float32)

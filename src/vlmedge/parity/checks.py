@@ -61,6 +61,8 @@ def check_prompts(
         f"the manifest says {path} = {_short(a)}, the checkpoint {_short(b)}"
         for path, a, b in _parts(encode(manifest.model.prompt), encode(original.prompt), "prompt")
     ]
+    if tokenizer.content != wanted.content and json.loads(tokenizer.content) != json.loads(wanted.content):
+        wrong.append("the bundle's tokenizer.json is not the checkpoint's")
     told = _parts(_json(manifest.prompt), _json(prompt_contract(original)), "prompt")
     wrong += [f"the manifest tells apps {path} = {_short(a)}, not {_short(b)}" for path, a, b in told]
     for text in TEXTS:

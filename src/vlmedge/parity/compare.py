@@ -11,10 +11,11 @@ from vlmedge.answer import Box
 from vlmedge.limits import Against, Limits
 from vlmedge.parity.bins import misread
 from vlmedge.parity.judge import Judgement
-from vlmedge.parity.metrics import difference, finite, iou, kl_divergence, largest, margin, near_tie, pooled
+from vlmedge.parity.metrics import centred, difference, finite, kl_divergence, largest, margin, near_tie, pooled
 from vlmedge.parity.record import Forward, Head, Record
 from vlmedge.parity.report import Outcome, StageResult, TokenResult
 from vlmedge.regions import coordinate_of, size_of
+from vlmedge.scoring import iou
 from vlmedge.session import F32
 from vlmedge.spec import ModelSpec, RegionSpec
 
@@ -22,6 +23,8 @@ _Pairs = list[tuple[F32, F32]]
 # One call may be off by this many times what all calls together may: attention that is nearly undecided turns over for
 # a small error, so that single calls are off by ten times the usual (benchmarks/gate.py).
 SINGLE = 4.0
+# Where more than this is allowed, quantization itself turns choices: they are counted and not judged.
+CHOICES_UP_TO = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +38,20 @@ class Comparison:
 def compare(record: Record, judged: Judgement, spec: ModelSpec, against: Against, limits: Limits | None) -> Comparison:
     """Compare what an export did with what the reference did; without limits everything is measured only."""
     limits = limits or Limits(against, "")
-    forwards = list(zip(record.forwards, judged.logits, strict=True))
+    forwards = [(f, theirs) for f, theirs in zip(record.forwards, judged.logits, strict=True)]
+    steps = [(f, theirs) for f, theirs in forwards if f.decodes]
     heads = list(zip(record.heads, judged.heads, strict=True))
     tokens = tuple(_tokens(forwards, spec.prompt.banned, limits.logits))
     stages = [
         _stage("features", against, limits.features, _beside(record.vision, judged.features, "features")),
         _stage("projected", against, limits.projected, _projected(record, judged, against)),
-        _pooled("logits", against, limits.logits, [(f.logits, b) for f, b in forwards if not f.decodes]),
-        _token_stage(against, limits.logits, [(f.logits, b) for f, b in forwards if f.decodes and f.chooses], tokens),
+        _pooled("logits", against, limits.logits, [_centred((f.logits, b) for f, b in forwards if not f.decodes)]),
+        _token_stage(against, limits.logits, _centred((f.logits, b) for f, b in steps if f.chooses), tokens),
     ]
     if spec.region is not None:
         stages.append(_stage("regions", against, limits.regions, [(h.outputs, b) for h, b in heads if h.read is None]))
-        stages.append(_box_stage(against, limits.logits, heads, spec.region))
+        fed = [(f.logits, theirs) for f, theirs in steps if not f.chooses]
+        stages.append(_box_stage(against, limits.logits, heads, fed, spec.region))
     return Comparison(tuple(stages), tokens)
 
 
@@ -62,24 +67,48 @@ def _projected(record: Record, judged: Judgement, against: Against) -> _Pairs:
 
 def _stage(stage: str, against: Against, limit: float | None, pairs: _Pairs) -> StageResult:
     """The worst of all pairs."""
-    return _judged(stage, against, limit, *max((difference(a, b) for a, b in pairs), default=(0.0, 0.0)))
+    if not pairs:
+        return _nothing(stage, against)
+    return _judged(stage, against, limit, *max(difference(a, b) for a, b in pairs))
 
 
 def _pooled(
     stage: str,
     against: Against,
     limit: float | None,
-    pairs: _Pairs,
+    groups: Sequence[_Pairs],
     numbers: dict[str, float] | None = None,
     ambiguous: int = 0,
     parting: str = "",
 ) -> StageResult:
-    """All pairs as one array: where logits are small, an error that is as large as elsewhere is no larger a fault."""
-    relative, most = pooled(pairs) if pairs else (0.0, 0.0)
-    worst = largest(pairs) if pairs and np.isfinite(relative) else 0.0
-    if limit is not None and worst > SINGLE * limit:
-        parting = f"relative RMS {worst:.1e} in a single call, at most {SINGLE * limit:.1e} is allowed"
+    """All pairs of a group as one array: where logits are small, an error as large as elsewhere is no larger a fault.
+
+    Groups are of different scales; the worse one counts.
+    """
+    groups = [pairs for pairs in groups if pairs]
+    if not groups:
+        return _nothing(stage, against)
+    relative, most = (max(column) for column in zip(*(pooled(pairs) for pairs in groups), strict=True))
+    worst = max(largest(pairs) for pairs in groups) if np.isfinite(relative) else 0.0
+    most_of_one = _most_of_one(against, limit)
+    if worst > most_of_one:
+        parting = f"relative RMS {worst:.1e} in a single call, at most {most_of_one:.1e} is allowed"
     return _judged(stage, against, limit, relative, most, {**(numbers or {}), "worst": worst}, ambiguous, parting)
+
+
+def _nothing(stage: str, against: Against) -> StageResult:
+    return StageResult(stage, against, "skipped", why="nothing of this kind was asked")
+
+
+def _centred(pairs: Iterable[tuple[F32, F32]]) -> _Pairs:
+    return [(centred(ours), centred(theirs)) for ours, theirs in pairs]
+
+
+def _most_of_one(against: Against, limit: float | None) -> float:
+    """What one call may be off; an error as large as the reference itself has nothing to do with it any more."""
+    if limit is None:
+        return np.inf
+    return SINGLE * limit if against == "original" else min(SINGLE * limit, 1.0)
 
 
 def _judged(
@@ -107,7 +136,7 @@ def _tokens(
     """One result for every token that was chosen, counted from each prompt on; bans hold from the second one on."""
     counts: dict[str, int] = {}
     for forward, wanted in forwards:
-        if not forward.chooses or not np.isfinite(forward.logits).all():
+        if not forward.chooses or not np.isfinite(forward.logits).all() or forward.logits.shape != wanted.shape:
             continue
         ours, theirs = forward.logits.copy(), wanted.copy()
         if forward.decodes and banned:
@@ -121,9 +150,14 @@ def _tokens(
 
 
 def _noise(ours: F32, theirs: F32, limit: float | None) -> float:
-    """The relative RMS that can explain a choice: the limit, or this row's own, which the stage's numbers judge."""
-    known = np.isfinite(theirs)  # bans are minus infinity
-    return max(limit or 0.0, difference(ours[known], theirs[known])[0])
+    """The relative RMS that can explain a choice: what is allowed, or this row's own within what one row may be off."""
+    known, allowed = np.isfinite(theirs), min(limit or 0.0, CHOICES_UP_TO)  # bans are minus infinity
+    own = difference(centred(ours[known]), centred(theirs[known]))[0]
+    return min(max(allowed, own), SINGLE * allowed)
+
+
+def _choices_judged(limit: float | None) -> bool:
+    return limit is not None and limit <= CHOICES_UP_TO
 
 
 def _second(values: F32) -> float:
@@ -134,7 +168,8 @@ def _second(values: F32) -> float:
 
 def _token_stage(against: Against, limit: float | None, pairs: _Pairs, tokens: Sequence[TokenResult]) -> StageResult:
     parted = [t for t in tokens if t.token != t.reference_token]
-    wrong = [t for t in parted if not t.ambiguous] if limit is not None else []
+    other = [t for t in parted if not t.ambiguous]
+    wrong = other if _choices_judged(limit) else []
     numbers: dict[str, float] = {"positions": len(tokens)}
     if tokens:
         kls = np.array([t.kl for t in tokens])
@@ -149,28 +184,38 @@ def _token_stage(against: Against, limit: float | None, pairs: _Pairs, tokens: S
             f"{first.reading}: token {first.index} is {first.token} instead of {first.reference_token}, "
             f"by a margin of {first.margin:.2g}, and not for a near tie"
         )
-    return _pooled("tokens", against, limit, pairs, numbers, len(parted) - len(wrong), parting)
+    return _pooled("tokens", against, limit, [pairs], numbers, len(parted) - len(other), parting)
 
 
 def _box_stage(
-    against: Against, limit: float | None, heads: Sequence[tuple[Head, F32]], spec: RegionSpec
+    against: Against,
+    limit: float | None,
+    heads: Sequence[tuple[Head, F32]],
+    fed: Sequence[tuple[F32, F32]],
+    spec: RegionSpec,
 ) -> StageResult:
-    """Bins of coordinates and sizes, what is fed back for them, and the boxes that they make."""
+    """Bins of coordinates and sizes, what is fed back for them, and the boxes that they make.
+
+    `fed`: logits after what was fed back; after the last number of a box they say whether there is another one.
+    """
     read = [(h, wanted) for h, wanted in heads if h.read is not None]
-    choices = [choice for h, wanted in read for choice in _bins(h, wanted)]
+    bins = [choice for h, wanted in read for choice in _bins(h, wanted)]
+    choices = bins + [(a, b) for a, b in fed if a.shape == b.shape and np.isfinite(a).all()]
     parted = [(ours, theirs) for ours, theirs in choices if ours.argmax() != theirs.argmax()]
-    wrong = [p for p in parted if limit is not None and not near_tie(p[1], int(p[0].argmax()), _noise(*p, limit))]
+    other = [p for p in parted if not near_tie(p[1], int(p[0].argmax()), _noise(*p, limit))]
+    wrong = other if _choices_judged(limit) else []
     overlaps = box_overlaps(read, spec)
-    numbers: dict[str, float] = {"bins": len(choices), "equal": len(choices) - len(parted)}
+    numbers: dict[str, float] = {"choices": len(choices), "equal": len(choices) - len(parted)}
     if overlaps:
         numbers |= {"iou": float(np.mean(overlaps)), "iou_least": min(overlaps)}
     parting = ""
     if wrong:
         ours, theirs = wrong[0]
-        parting = f"a bin is {ours.argmax()} instead of {theirs.argmax()}, and not for a near tie"
+        what = "a bin" if any(ours is row for row, _ in bins) else "the token that ends or goes on"
+        parting = f"{what} is {ours.argmax()} instead of {theirs.argmax()}, and not for a near tie"
     parting = misread([head for head, _ in heads], spec) or parting
-    pairs = [(h.outputs, wanted) for h, wanted in read]
-    return _pooled("boxes", against, limit, pairs, numbers, len(parted) - len(wrong), parting)
+    groups = [_centred((h.outputs, wanted) for h, wanted in read), _centred(fed)]
+    return _pooled("boxes", against, limit, groups, numbers, len(parted) - len(other), parting)
 
 
 def _bins(head: Head, wanted: F32) -> Iterator[tuple[F32, F32]]:

@@ -12,12 +12,13 @@ from typing import Any
 from vlmedge import __version__
 from vlmedge.bundle import Bundle
 from vlmedge.exporters import EXPORTERS, Readback
-from vlmedge.limits import Against, Limits
+from vlmedge.limits import Against
 from vlmedge.loading import Described, missing_for, source_label
 from vlmedge.measure import peak_rss_mb
 from vlmedge.parity.causes import usual_cause
 from vlmedge.parity.checks import check_crops, check_facts, check_prompts
 from vlmedge.parity.compare import Comparison, compare
+from vlmedge.parity.gates import limits_for
 from vlmedge.parity.judge import judge
 from vlmedge.parity.report import SCHEMA, STAGES, Report, StageResult, TokenResult
 from vlmedge.parity.trace import Trace
@@ -25,6 +26,7 @@ from vlmedge.parity.weights import compare_weights
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 
+_AGAINST: tuple[Against, ...] = ("stored", "original")
 NO_CHECKPOINT = "the checkpoint is not at hand"
 
 
@@ -61,8 +63,7 @@ def examine(
     if missing is not None:
         notes.append(f"nothing was computed anew: {missing}")
     else:
-        sides: tuple[Against, ...] = ("stored", "original") if original is not None else ("stored",)
-        for against in sides:
+        for against in _AGAINST[: 1 + (original is not None)]:
             progress.stage(_WORDS[against])
             found = _compared(bundle, ran, original, stored, against, threads)
             stages, tokens = stages + list(found.stages), found.tokens  # those against the original come last
@@ -83,7 +84,7 @@ def examine(
         pictures=len(ran.trace.record.sights),
         stages=tuple(order),
         tokens=tokens,
-        limits={limits.against: limits.reason for limits in manifest.profile.limits},
+        limits={against: limits_for(manifest, against).reason for against in _AGAINST},
         failing=failing,
         cause=cause,
         notes=tuple(notes),
@@ -129,13 +130,7 @@ def _compared(
         judged = judge(record, spec, original.tensors, same_inputs=False, threads=threads)
     else:
         judged = judge(record, spec, stored.tensors, same_inputs=True, halves=stored.halves, threads=threads)
-    return compare(record, judged, spec, against, _limits(bundle, against))
-
-
-def _limits(bundle: Bundle, against: Against) -> Limits | None:
-    """Those of the comparison; what may differ from the original may differ from the stored weights too."""
-    found = {limits.against: limits for limits in bundle.manifest.profile.limits}
-    return found.get(against) or (found.get("original") if against == "stored" else None)
+    return compare(record, judged, spec, against, limits_for(bundle.manifest, against))
 
 
 def _environment(ran: Ran) -> dict[str, str]:

@@ -44,8 +44,8 @@ def judge(
     """Let the reference redo every call. Needs PyTorch.
 
     `same_inputs`: each stage is given what the export's was given, so that it shows its own error alone; otherwise
-    the stages follow each other from the pixels of the pictures on. `halves`: as in `Readback`. What heads read from hidden states, they read
-    from the reference's own.
+    the stages follow each other from the pixels of the pictures on. What heads read from hidden states, they read from
+    the reference's own. `halves`: as in `Readback`.
     """
     from vlmedge.reference.streamed import StreamedReference
 

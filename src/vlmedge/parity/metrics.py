@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlmedge.answer import Box
 from vlmedge.session import F32
 
 # By how many times the RMS of its error a row's best entry may be beaten. Of 34,000 choices of right exports of random
@@ -31,6 +30,13 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
+def centred(logits: F32) -> F32:
+    """Logits without what they have in common: softmax does not see it, and norms would be full of it."""
+    with np.errstate(invalid="ignore"):  # whoever compares them tells of infinities
+        out: F32 = logits - logits.mean(axis=-1, keepdims=True)
+    return out
+
+
 def pooled(pairs: Sequence[tuple[F32, F32]]) -> tuple[float, float]:
     """`difference` over all pairs (ours, theirs) as if they were one array."""
     if any(a.shape != b.shape for a, b in pairs):
@@ -46,7 +52,12 @@ def largest(pairs: Sequence[tuple[F32, F32]]) -> float:
 
 
 def kl_divergence(reference: F32, ours: F32) -> float:
-    """KL(reference || ours) in nats of the distributions that two rows of logits float32 [vocab] mean."""
+    """KL(reference || ours) in nats of the distributions that two rows of logits float32 [vocab] mean.
+
+    Infinite where they cannot be compared.
+    """
+    if reference.shape != ours.shape or not (np.isfinite(reference).all() and np.isfinite(ours).all()):
+        return float("inf")
     p, q = _log_softmax(reference), _log_softmax(ours)
     return max(0.0, float(np.sum(np.exp(p) * (p - q))))
 
@@ -59,19 +70,10 @@ def margin(values: F32, ours: int) -> float:
 def near_tie(values: F32, ours: int, relative: float) -> bool:
     """Can an error of `relative` RMS turn the choice among `values` from its best entry to `ours`?
 
-    Entries of minus infinity are banned and count as none.
+    Entries of minus infinity are banned and count as none; what all others have in common is no part of the RMS.
     """
-    noise = relative * float(np.sqrt(np.mean(np.square(values[np.isfinite(values)], dtype=np.float64))))
+    noise = relative * float(np.std(values[np.isfinite(values)], dtype=np.float64))
     return margin(values, ours) <= NOISE * noise
-
-
-def iou(one: Box, two: Box) -> float:
-    """Intersection over union; 0 for boxes without an area."""
-    width = min(one.x_max, two.x_max) - max(one.x_min, two.x_min)
-    height = min(one.y_max, two.y_max) - max(one.y_min, two.y_min)
-    common = max(0.0, width) * max(0.0, height)
-    areas = sum(abs((b.x_max - b.x_min) * (b.y_max - b.y_min)) for b in (one, two))
-    return common / (areas - common) if common else 0.0
 
 
 def _log_softmax(logits: F32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

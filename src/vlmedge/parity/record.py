@@ -67,7 +67,8 @@ class Forward:
     """One call of the decoder: what it was given and what the last position gave.
 
     `reading`: the recorder's label. `ids` int32 [n] or `rows` float32 [n, width] with their `origins`; `path`: the
-    positions before it. `logits` float32 [vocab], `hidden` float32 [width] where it was asked for.
+    positions before it. `decodes`: it is one step of an answer, rather than a prompt. `logits` float32 [vocab],
+    `hidden` float32 [width] where it was asked for.
     """
 
     reading: str
@@ -76,6 +77,7 @@ class Forward:
     rows: F32 | None
     origins: tuple[Origin, ...]
     bidirectional: bool
+    decodes: bool
     logits: F32
     hidden: F32 | None
 
@@ -85,13 +87,8 @@ class Forward:
         return len(self.ids) if self.ids is not None else len(self.origins)
 
     @property
-    def decodes(self) -> bool:
-        """Is it one step of an answer, rather than a prompt?"""
-        return self.length == 1
-
-    @property
     def chooses(self) -> bool:
-        """Is a token chosen from its logits? After a coordinate that is fed back, none is."""
+        """Is a word chosen from its logits? After what is fed back for a box, only whether there is another one."""
         return self.ids is not None
 
 
@@ -186,11 +183,13 @@ class Recorder:
         ids = inputs.astype(np.int32) if np.issubdtype(inputs.dtype, np.integer) else None
         rows = None if ids is not None else np.array(inputs, np.float32)
         origins = () if rows is None else tuple(self._origins(rows))
-        call = len(self.record.forwards)
+        call, before = len(self.record.forwards), self.record.forwards[path[-1][0]] if path else None
+        # One position behind a picture is a prompt of one token.
+        decodes = len(inputs) == 1 and before is not None and (before.ids is not None or before.length == 1)
         last = step.logits[-1] if every else step.logits
         state = None if step.hidden is None else step.hidden.copy()
         # A copy: whoever samples bans tokens in these very logits.
-        found = Forward(self.reading, path, ids, rows, origins, bidirectional, last.copy(), state)
+        found = Forward(self.reading, path, ids, rows, origins, bidirectional, decodes, last.copy(), state)
         self.record.forwards.append(found)
         if state is not None:
             self._hidden[_key(state)] = call

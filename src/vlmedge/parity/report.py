@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -142,7 +143,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data."""
-        data: dict[str, Any] = encode(self)
+        data: dict[str, Any] = _finite(encode(self))
         return data
 
     def summary(self) -> dict[str, Any]:
@@ -158,6 +159,15 @@ class Report:
             "limits": self.limits,
             **({"notes": list(self.notes)} if self.notes else {}),
         }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: None says that there is no number."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rounded(value: Any) -> Any:

@@ -14,6 +14,7 @@ from vlmedge.bundle import Bundle, open_bundle
 from vlmedge.generate import Conversation, Embedded, Prefix
 from vlmedge.loading import open_model
 from vlmedge.parity.causes import usual_cause
+from vlmedge.parity.metrics import centred
 from vlmedge.parity.report import TITLES, StageResult
 from vlmedge.parity.selftest_checks import names, with_model, without_model
 from vlmedge.parity.selftest_file import ModelVectors, ReadingVector, Vectors, read_vectors
@@ -119,7 +120,7 @@ def _answer(model: Model, found: Trace, wanted: ReadingVector, ours: Reading) ->
     assert step is not None, "a new conversation holds nothing"
     rows = [(talk.ask([ids]) if ids else step).logits.copy()]
     rows += [talk.ask([(token,)]).logits.copy() for token in wanted.tokens[:-1]]
-    return rows
+    return [centred(row) for row in rows]
 
 
 def _result(bundle: Bundle, vectors: Vectors, runtime: str, checks: list[StageResult], start: float) -> SelfTest:

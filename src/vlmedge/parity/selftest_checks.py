@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmedge.answer import Box, Point
-from vlmedge.parity.metrics import finite
+from vlmedge.parity.metrics import centred, finite
 from vlmedge.parity.report import Outcome, StageResult
 from vlmedge.parity.selftest_file import FoundVector, ModelVectors, PictureVector, ReadingVector, Sample, Vectors
 from vlmedge.parity.trace import Trace, caption_ids
@@ -34,6 +34,10 @@ def without_model(vectors: Vectors, spec: ModelSpec, tokenizer: Tokenizer) -> It
     """Token ids, crops and the normalised tensor: equal to the last bit on every machine."""
     texts = [(v.text, v.ids, tuple(tokenizer.encode(v.text))) for v in vectors.text]
     wrong = [f"{text[:40]!r} becomes {_few(ours)} instead of {_few(ids)}" for text, ids, ours in texts if ids != ours]
+    for v in vectors.decoded:
+        found = tokenizer.decode(v.ids)
+        if found != v.text:
+            wrong.append(f"{_few(v.ids)} becomes {found[:40]!r} instead of {v.text[:40]!r}")
     if vectors.model is not None and vectors.model.prompt_ids != caption_ids(spec.prompt)[1]:
         wrong.append("the manifest's template of a caption is not the one that was recorded")
     yield _exact("tokenizer", wrong, {"texts": len(vectors.text)})
@@ -57,7 +61,7 @@ def with_model(
     crops = [(model.features.output, found.features), (model.local_features.output, found.local)]
     yield _near("features", limits, crops)
     yield _near("projected", limits, [(a.projected, b.projected) for a, b in readings])
-    yield _near("logits", limits, [(a.logits, b.logits) for a, b in readings])
+    yield _near("logits", limits, [(a.logits, centred(b.logits)) for a, b in readings])
     answers = list(zip((model.small, model.stitched), rows, strict=True))
     yield _tokens(limits.get("logits"), tie, spec.prompt.banned, answers)
     if model.found is not None:

@@ -9,6 +9,7 @@ from typing import Final, Literal
 from vlmedge.answer import Box, Point
 from vlmedge.bundle import Bundle
 from vlmedge.errors import BundleError
+from vlmedge.parity.pictures import sizes
 from vlmedge.records import decode
 
 SCHEMA: Final = "vlmedge.selftest/2"
@@ -107,7 +108,8 @@ class Vectors:
 
     `pixels`, `tensor`: formulas in words. `limits`: by stage, the largest relative RMS at the samples that another
     machine may show (None: measured, not judged). `noise`: a choice whose margin is at most `noise` times the limit of
-    the logits is a near tie, and may fall otherwise. `recorded_with`: the runtime; None, as `model`, where none was.
+    the logits is a near tie, and may fall otherwise. `text`: what texts become; `decoded`: what ids become.
+    `recorded_with`: the runtime; None, as `model`, where none was.
     """
 
     schema: Literal["vlmedge.selftest/2"]
@@ -117,12 +119,16 @@ class Vectors:
     noise: float
     pictures: tuple[PictureVector, ...]
     text: tuple[TextVector, ...]
+    decoded: tuple[TextVector, ...]
     recorded_with: str | None
     model: ModelVectors | None
 
 
 def read_vectors(bundle: Bundle) -> Vectors:
-    """Those of a bundle; raises BundleError, one line, where it has none or they are of another schema or damaged."""
+    """Those of a bundle; raises BundleError, one line, where it has none or they are of another schema or damaged.
+
+    The pictures must have the sizes that the model's have: they are painted before anything of them is compared.
+    """
     name = next((entry.path for entry in bundle.manifest.files if entry.role == ROLE), None)
     if name is None:
         raise BundleError(f"{bundle.path} has no self-test vectors; export it again")
@@ -136,4 +142,8 @@ def read_vectors(bundle: Bundle) -> Vectors:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise BundleError(f"{path} has the schema {str(found)[:40]!r}, this version reads {SCHEMA!r}; export it again")
-    return decode(Vectors, data, name, BundleError)
+    vectors = decode(Vectors, data, name, BundleError)
+    listed, wanted = [(v.height, v.width) for v in vectors.pictures], list(sizes(bundle.manifest.model.image))
+    if listed != wanted:
+        raise BundleError(f"{path} has pictures of {listed!s:.80}, this model's are {wanted}; export it again")
+    return vectors

@@ -22,7 +22,7 @@ from vlmedge.prompt import PictureSpan, TokenRun, render
 from vlmedge.regions import RegionDecoder
 from vlmedge.session import F32, U8
 from vlmedge.skills import Model
-from vlmedge.spec import Ids, Image, ModelSpec, PromptSpec
+from vlmedge.spec import Ids, Image, ModelSpec, PromptSpec, Template
 
 TOKENS = 16
 OBJECTS = 2  # boxes and points that are read whether or not the model sees any
@@ -33,7 +33,7 @@ _OWN_TOKENS = 32  # of an answer about a picture of the user's
 
 def needed_context(spec: ModelSpec) -> int:
     """Positions that a trace takes, at most the model's own."""
-    prompt = max(_PROMPT, len(caption_ids(spec.prompt)[1]))
+    prompt = max([_PROMPT, *(_ids(template) for template in spec.prompt.templates.values())])
     return min(spec.decoder.context, spec.image_tokens + 1 + prompt + max(TOKENS, _OWN_TOKENS))
 
 
@@ -123,11 +123,17 @@ def caption_ids(prompt: PromptSpec) -> tuple[int, tuple[int, ...]]:
     return prompt.stop[0], ()
 
 
+def _ids(template: Template) -> int:
+    """Literal ids of a template."""
+    return sum(len(part.ids) for part in template if isinstance(part, Ids))
+
+
 def _read(spec: ModelSpec, recorder: Recorder, projected: F32) -> tuple[Reading, Conversation]:
     talk = Conversation(recorder, spec.decoder.bidirectional_prefix)
     start, ids = caption_ids(spec.prompt)
     before = talk.begin(Prefix(((start,), Embedded("trace", projected))))
     assert before is not None, "a new conversation holds nothing"
+    ids = ids[: max(0, recorder.context - recorder.position - 1)]  # of the smallest contexts there are
     step, rules = talk.ask([ids]) if ids else before, spec.prompt
     logits = step.logits.copy()
     out = generate(talk, step, stop=rules.stop, banned=rules.banned, max_tokens=TOKENS, sampler=Sampler())
@@ -151,7 +157,10 @@ def _regions(model: Model, talk: Conversation) -> dict[str, tuple[Box | Point, .
             segments = render(spec.prompt, skill, model.tokenizer, pictures=1, thing=THING)
             cut = 1 + max(i for i, s in enumerate(segments) if isinstance(s, PictureSpan))
             talk.session.rewind(spec.image_tokens + 1)
-            step = talk.ask([s.ids for s in segments[cut:] if isinstance(s, TokenRun)], hidden=True)
+            ids = [s.ids for s in segments[cut:] if isinstance(s, TokenRun)]
+            if talk.session.position + sum(map(len, ids)) >= talk.session.context:
+                continue
+            step = talk.ask(ids, hidden=True)
             objects = region.objects(step, stop=(), sizes=skill == "detect", most=OBJECTS)
             out[skill] = tuple(thing for _, thing in objects if thing is not None)
     return out

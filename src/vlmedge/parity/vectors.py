@@ -12,7 +12,8 @@ from vlmedge import imaging
 from vlmedge.answer import Box, Point
 from vlmedge.bundle import Manifest
 from vlmedge.parity import pictures
-from vlmedge.parity.metrics import NOISE
+from vlmedge.parity.gates import limits_for
+from vlmedge.parity.metrics import NOISE, centred
 from vlmedge.parity.selftest_file import (
     SCHEMA,
     CallVector,
@@ -41,6 +42,7 @@ TENSOR = (
 STAGES = ("features", "projected", "logits", "regions")
 _SAMPLES = 32
 _TOP = 8
+_DECODED = 29  # texts that are turned back from ids, one of each kind
 
 
 def record(manifest: Manifest, tokenizer: Tokenizer, ran: Ran | None) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def record(manifest: Manifest, tokenizer: Tokenizer, ran: Ran | None) -> dict[st
         noise=NOISE,
         pictures=tuple(picture_vector(*size, spec.image) for size in pictures.sizes(spec.image)),
         text=tuple(TextVector(text, tuple(tokenizer.encode(text))) for text in TEXTS),
+        decoded=tuple(TextVector(tokenizer.decode(ids), tuple(ids)) for ids in map(tokenizer.encode, TEXTS[:_DECODED])),
         recorded_with=None if ran is None else ran.runtime,
         model=None if ran is None else _model(ran.trace, spec, tokenizer),
     )
@@ -72,24 +75,23 @@ def picture_vector(height: int, width: int, spec: ImageSpec) -> PictureVector:
 
 
 def chosen_from(found: Trace, reading: Reading, spec: ModelSpec) -> list[F32]:
-    """For each token of a reading, the logits float32 [vocab] that it was chosen from, before bans."""
+    """For each token of a reading, the centred logits float32 [vocab] that it was chosen from, before bans."""
     label = "small picture" if reading is found.small else "large picture"
     calls = dict(found.record.readings())[label]
     first = 1 if caption_ids(spec.prompt)[1] else 0  # behind the picture's prefill
-    return [found.record.forwards[call].logits for call in calls[first : first + len(reading.tokens)]]
+    return [centred(found.record.forwards[call].logits) for call in calls[first : first + len(reading.tokens)]]
 
 
 def bins_of(found: Trace) -> list[F32]:
-    """For each choice of a coordinate, a width or a height, in order, the decoder's output float32 [bins]."""
+    """For each choice of a coordinate, a width or a height, in order, the decoder's centred output float32 [bins]."""
     read = [h for h in found.record.heads if h.read is not None and h.name.endswith("decoder")]
-    return [row for h in read for row in h.outputs.reshape(2 if h.name == "size_decoder" else 1, -1)]
+    return [centred(row) for h in read for row in h.outputs.reshape(2 if h.name == "size_decoder" else 1, -1)]
 
 
 def _limits(manifest: Manifest) -> dict[str, float | None]:
     """What runtimes' arithmetic may differ by: kernels of other processors differ by as much as a runtime's do."""
-    found = {limits.against: limits for limits in manifest.profile.limits}
-    chosen = found.get("stored") or found.get("original")
-    return {stage: None if chosen is None else getattr(chosen, stage) for stage in STAGES}
+    chosen = limits_for(manifest, "stored")
+    return {stage: getattr(chosen, stage) for stage in STAGES}
 
 
 def _model(found: Trace, spec: ModelSpec, tokenizer: Tokenizer) -> ModelVectors:
@@ -111,7 +113,7 @@ def _reading(words: str, found: Trace, reading: Reading, spec: ModelSpec, tokeni
     banned = [()] + [spec.prompt.banned] * (len(tokens) - 1)  # from the second token on
     margins = [_margin(logits, ids) for logits, ids in zip(steps, banned, strict=True)]
     values = [_short(logits[token]) for logits, token in zip(steps, tokens, strict=True)]
-    logits = _sample(reading.logits, np.argsort(-reading.logits, kind="stable")[:_TOP])
+    logits = _sample(centred(reading.logits), np.argsort(-reading.logits, kind="stable")[:_TOP])
     text = tokenizer.decode(tokens)
     return ReadingVector(words, _sample(reading.projected), logits, tokens, tuple(values), tuple(margins), text)
 

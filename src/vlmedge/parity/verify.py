@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlmedge.bundle import Bundle, Manifest, open_bundle
-from vlmedge.errors import CheckpointError, HubError, MissingExtraError
+from vlmedge.errors import CheckpointError, HubError, MissingExtraError, UsageError
 from vlmedge.loading import Described, SourceLike, describe, missing_for
 from vlmedge.parity.examine import examine
 from vlmedge.parity.report import Report
@@ -54,6 +54,11 @@ def opened(
     """A bundle whose hashes are right, and its checkpoint, or None; the arguments and errors are those of `verify`."""
     if missing_for("checkpoint") is not None:
         raise MissingExtraError("verifying", "torch")
+    if len(images) > MOST_IMAGES:
+        raise UsageError(
+            f"verifying takes {MOST_IMAGES} pictures of your own at most, not {len(images)}: every number that is made "
+            "of them is compared; 'vlmedge eval' asks about any number"
+        )
     for source in images.values():
         if isinstance(source, (str, os.PathLike)):
             check_picture(source)
@@ -61,6 +66,9 @@ def opened(
     progress.stage("comparing hashes")
     found.check()
     return found, _original(found.manifest, against, allow_pickle, progress)
+
+
+MOST_IMAGES = 8  # all that is made of one of 12 crops takes some 200 MB at moondream2's size
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> dict[str, Path]:
@@ -77,19 +85,23 @@ def _original(
 ) -> Described | None:
     """The named checkpoint, or the manifest's; None where the manifest's is a folder somewhere or cannot be had."""
     if against is not None:
-        found = describe(against, allow_pickle=allow_pickle, progress=progress)
-        if found.spec.tensors() != manifest.model.tensors():
-            raise CheckpointError(
-                f"{against} is another model than the bundle's: a {found.spec.family} with other tensors; "
-                f"the bundle was made from {manifest.source.label}"
-            )
-        return found
+        return _same(describe(against, allow_pickle=allow_pickle, progress=progress), manifest, os.fspath(against))
     source = manifest.source
     if not source.repo and not source.label.startswith(DEMO):
         return None
     name = f"{source.repo}@{source.commit or source.revision}" if source.repo else source.label
     try:
-        return describe(name, allow_pickle=allow_pickle, progress=progress)
+        return _same(describe(name, allow_pickle=allow_pickle, progress=progress), manifest, name)
     except HubError as error:
         progress.note(f"{name} cannot be had, the bundle is compared with its own weights only: {error}")
         return None
+
+
+def _same(found: Described, manifest: Manifest, name: str) -> Described:
+    """The checkpoint, where it is of the bundle's shape."""
+    if found.spec.tensors() != manifest.model.tensors():
+        raise CheckpointError(
+            f"{name} is another model than the bundle's: a {found.spec.family} with other tensors; "
+            f"the bundle was made from {manifest.source.label}"
+        )
+    return found
