@@ -257,7 +257,25 @@ def test_what_is_no_bundle(tmp_path, refused, photo, golden):
     assert f"has no {MANIFEST}" in refused("inspect", tmp_path)
     assert f"has no {MANIFEST}" in refused("inspect", photo)
     assert f"has no {MANIFEST}" in refused("run", tmp_path, photo, "What?")
-    assert f"has no {MANIFEST}" in refused("inspect", golden)
+    assert "it is a checkpoint; export it first" in refused("inspect", golden)
+    assert "it is a checkpoint; export it first" in refused("verify", "demo:moondream2")
+    assert "the bundle's name is empty" in refused("inspect", "", code=2)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "text"),
+    [
+        ("decoder", {"layers": 10**12}, "model.decoder.layers = 1000000000000, which no model has"),
+        ("vision", {"patch_size": 0}, "model.vision.patch_size = 0, which no model has"),
+        ("decoder", {"heads": -1}, "model.decoder.heads = -1, which no model has"),
+        ("image", {"std": [0.5, 0, 0.5]}, "model.image.std = (0.5, 0.0, 0.5): pixels are divided by it"),
+    ],
+)
+def test_a_manifest_of_a_model_that_cannot_be(bundle_copy, refused, part, change, text):
+    manifest = json.loads((bundle_copy / MANIFEST).read_text())
+    manifest["model"][part] |= change
+    (bundle_copy / MANIFEST).write_text(json.dumps(manifest))
+    assert text in refused("verify", bundle_copy)
 
 
 def test_a_manifest_that_is_a_folder(tmp_path, refused):

@@ -105,7 +105,7 @@ def test_an_export_that_is_wrong_is_not_written(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(quantizer, "encode", lambda rows, kind: right(rows * np.float32(1.5), kind))
     with pytest.raises(
         VerificationError,
-        match="at the stage 'weights'.* steps of its grid .*nothing was written",
+        match=r"at the stage 'weights'.* steps of its grid .*nothing was written",
     ):
         pipeline.export(golden, "gguf", "f32", tmp_path / "x", threads=1)
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,7 @@ def ablate(
     with each part's stored weights in its place, in `dtype`, of which `pictures` are taken; None: no questions.
     Raises UsageError where the checkpoint is not at hand, and what `verify` raises.
     """
-    progress = progress or Progress()
+    start, progress = time.perf_counter(), progress or Progress()
     dataset = None if data is None else open_dataset(data, pictures)
     found, original = opened(bundle, against, images or {}, allow_pickle=allow_pickle, progress=progress)
     if original is None:
@@ -56,7 +57,7 @@ def ablate(
     parts = attribute(ran.trace.record, original, stored, threads=threads, progress=progress)
     if dataset is not None:
         parts = _answered(parts, found, original, dataset, dtype, threads, progress)
-    return replace(report, parts=tuple(parts))
+    return replace(report, parts=tuple(parts), seconds=round(time.perf_counter() - start, 2))
 
 
 def _answered(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from vlmedge.errors import BundleError
+from vlmedge.errors import BundleError, UsageError
 from vlmedge.limits import Limits
 from vlmedge.records import decode, encode
 from vlmedge.schema import json_schema
@@ -156,6 +157,8 @@ def bundle_around(path: Path) -> Path | None:
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open a bundle: the manifest is read and every file's presence and size are checked (hashes: `Bundle.check`)."""
+    if not os.fspath(path):
+        raise UsageError("the bundle's name is empty")
     folder = Path(path)
     data = _manifest_data(folder)
     found = data.get("schema") if isinstance(data, dict) else None
@@ -165,6 +168,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{folder} has the schema {str(found)[:40]!r}, this version reads {SCHEMA!r}; {todo}")
     manifest = decode(Manifest, data, MANIFEST, BundleError)
     _check_names(manifest)
+    _check_numbers(manifest.model, "model")
     for entry in manifest.files:
         file = folder / entry.path
         if not file.is_file():
@@ -187,6 +191,8 @@ def _manifest_data(folder: Path) -> Any:
         if around is not None:
             raise BundleError(f"{folder} is not a bundle but part of one; name {around}") from None
         what = f"it has no {MANIFEST}" if folder.exists() else "there is no such folder"
+        if (folder / "config.json").is_file() or str(folder).startswith("demo:"):
+            what = "it is a checkpoint; export it first"
         raise BundleError(f"{folder} is not a bundle: {what}") from None
     except OSError as error:
         raise BundleError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from None
@@ -205,6 +211,26 @@ def _check_names(manifest: Manifest) -> None:
     wrong = [n for n in names if names.count(n) > 1] + [n for n in wanted if n not in names]
     if wrong:
         raise BundleError(f"the manifest must list {wrong[0]!r} exactly once among its files; export it again")
+
+
+def _check_numbers(part: Any, where: str) -> None:
+    """Numbers that no model has would end in strange errors, or in none at all for a long time."""
+    if not dataclasses.is_dataclass(part):
+        return
+    for field_ in dataclasses.fields(part):
+        value, path = getattr(part, field_.name), f"{where}.{field_.name}"
+        if isinstance(value, int) and not isinstance(value, bool):
+            least = 0 if field_.name in _MAY_BE_NONE else 1
+            if not least <= value <= _LARGEST.get(field_.name, 1 << 31):
+                raise BundleError(f"{MANIFEST} says {path} = {str(value)[:20]}, which no model has; export it again")
+        elif field_.name == "std" and 0 in value:
+            raise BundleError(f"{MANIFEST} says {path} = {value}: pixels are divided by it; export it again")
+        else:
+            _check_numbers(value, path)
+
+
+_MAY_BE_NONE = frozenset(("max_objects", "margin", "rope_dims", "ids", "stop", "banned", "coordinate", "axis"))
+_LARGEST = {"layers": 10_000}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, assert_never
 
-from vlmedge.errors import CheckpointError, UnsupportedError, nearest
+from vlmedge.errors import CheckpointError, UnsupportedError, UsageError, nearest
 from vlmedge.spec import Coordinate, Ids, Image, Part, PromptSpec, References, Text
 
 if TYPE_CHECKING:
@@ -55,8 +55,14 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json cannot be read: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids, with the special tokens that the file itself adds."""
-        return list(self._tokenizer.encode(text).ids)
+        """Text to token ids, with the special tokens that the file itself adds.
+
+        Raises UsageError for a lone surrogate, which is no character.
+        """
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except TypeError:  # of the Rust library, for a str that has no UTF-8
+            raise UsageError(f"a text holds a character that is none (a lone surrogate): {text!r:.80}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids to text; special tokens are left out, ids beyond the vocabulary too."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -85,6 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stderr.isatty():
             click.echo(err=True)  # after the terminal's own ^C
         _fail("interrupted; nothing was left behind", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise
+        if error.errno != errno.EPIPE:  # whoever read the output wants no more of it: nothing to be told
+            _fail(f"the output cannot be written: {error.strerror}", 1)
+        os._exit(1)  # Python would try to write the rest
     except MemoryError:
         _fail("out of memory; a smaller profile or fewer --threads needs less", 1)
 

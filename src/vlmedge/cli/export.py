@@ -95,6 +95,6 @@ def _outcome(verification: dict[str, Any]) -> str:
     """What came of verification: judged by every shipped profile, only measured by one of the user's without limits."""
     if not verification.get("verified"):
         return "not verified"
-    last = [stage for stage in verification["stages"] if stage["stage"] == "logits"][-1]
-    word = "agrees" if verification["limits"] else "compared"
-    return f"{word} with the original (logits {last['relative_rms']:.1e})"
+    logits, tokens = ([s for s in verification["stages"] if s["stage"] == name][-1] for name in ("logits", "tokens"))
+    words = tokens.get("numbers", {}).get("top1", 1.0)
+    return f"right beside the original (logits {logits['relative_rms']:.1e} off, {words:.0%} of the words the same)"

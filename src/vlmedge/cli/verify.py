@@ -115,7 +115,7 @@ def _writer(path: str | None) -> Callable[[Report], None]:
     from vlmedge.parity.written import ENDINGS, write_report
 
     target = Path(path)
-    if target.suffix not in ENDINGS:
+    if target.suffix.lower() not in ENDINGS or target.is_dir():
         raise UsageError(f"--report takes a name that ends in {', '.join(ENDINGS)}, not '{target.name}'")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target} cannot be written: there is no folder {target.parent}")
@@ -145,8 +145,13 @@ def _print(report: Report) -> None:
         click.echo(f"note: {note}")
     what = f"{report.bundle} ({report.format} {report.profile}, {report.runtime})"
     if report.failing is None:
-        against = f" with {report.source}" if report.source else " with the reference on its own weights"
-        click.echo(f"{what} agrees{against}, {report.seconds:.1f} s")
+        against = report.source or "the reference on its own weights"
+        if report.close:
+            click.echo(f"{what} agrees with {against}, {report.seconds:.1f} s")
+        else:
+            share = 1 - (report.agreement or 0.0)
+            click.echo(f"{what} is {against}, rightly exported, and chooses other words {share:.0%} of the time")
+            click.echo("its profile is too coarse for this model: --ablate shows which part pays, more bits help")
         return
     stage = report.stages[report.failing]
     against = f" (against {stage.against})" if stage.against else ""

@@ -143,7 +143,7 @@ def _tokens(
             ours[list(banned)] = theirs[list(banned)] = -np.inf
         chosen, best = int(ours.argmax()), int(theirs.argmax())
         index = counts[forward.reading] = counts.get(forward.reading, -1) + 1 if forward.decodes else 0
-        tie = chosen != best and near_tie(theirs, chosen, _noise(ours, theirs, limit))
+        tie = chosen != best and _choices_judged(limit) and near_tie(theirs, chosen, _noise(ours, theirs, limit))
         gap = margin(theirs, chosen) if chosen != best else _second(theirs)
         kl = kl_divergence(wanted, forward.logits)
         yield TokenResult(forward.reading, index, chosen, best, kl, gap, tie)
@@ -157,6 +157,7 @@ def _noise(ours: F32, theirs: F32, limit: float | None) -> float:
 
 
 def _choices_judged(limit: float | None) -> bool:
+    """Near ties are what noise turns; where quantization does, a choice is another one and no fault."""
     return limit is not None and limit <= CHOICES_UP_TO
 
 
@@ -202,8 +203,9 @@ def _box_stage(
     bins = [choice for h, wanted in read for choice in _bins(h, wanted)]
     choices = bins + [(a, b) for a, b in fed if a.shape == b.shape and np.isfinite(a).all()]
     parted = [(ours, theirs) for ours, theirs in choices if ours.argmax() != theirs.argmax()]
-    other = [p for p in parted if not near_tie(p[1], int(p[0].argmax()), _noise(*p, limit))]
-    wrong = other if _choices_judged(limit) else []
+    judged = _choices_judged(limit)
+    other = [p for p in parted if not (judged and near_tie(p[1], int(p[0].argmax()), _noise(*p, limit)))]
+    wrong = other if judged else []
     overlaps = box_overlaps(read, spec)
     numbers: dict[str, float] = {"choices": len(choices), "equal": len(choices) - len(parted)}
     if overlaps:

@@ -18,7 +18,7 @@ from vlmedge.measure import peak_rss_mb
 from vlmedge.parity.causes import usual_cause
 from vlmedge.parity.checks import check_crops, check_facts, check_prompts
 from vlmedge.parity.compare import Comparison, compare
-from vlmedge.parity.gates import limits_for
+from vlmedge.parity.gates import limits_for, own_limits
 from vlmedge.parity.judge import judge
 from vlmedge.parity.report import SCHEMA, STAGES, Report, StageResult, TokenResult
 from vlmedge.parity.trace import Trace
@@ -58,7 +58,8 @@ def examine(
     stages = [StageResult("files", None, "passed", numbers={"files": len(manifest.files)})]
     stages += _checks(bundle, ran, original, stored, threads, progress)
     tokens: tuple[TokenResult, ...] = ()
-    notes = [f"not compared with the original: {NO_CHECKPOINT}"] if original is None else []
+    notes = [] if own_limits(manifest) else ["judged by the installed profile's limits, which are not the manifest's"]
+    notes += [f"not compared with the original: {NO_CHECKPOINT}"] if original is None else []
     missing = missing_for("checkpoint")
     if missing is not None:
         notes.append(f"nothing was computed anew: {missing}")

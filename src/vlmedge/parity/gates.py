@@ -23,6 +23,11 @@ def limits_for(manifest: Manifest, against: Against) -> Limits:
     return found.get(against) or (found.get("original") if against == "stored" else None) or DEFAULT[against]
 
 
+def own_limits(manifest: Manifest) -> bool:
+    """Are the limits that judge a bundle those of its manifest?"""
+    return _known(manifest) == manifest.profile.limits
+
+
 def _known(manifest: Manifest) -> tuple[Limits, ...]:
     entry = manifest.profile
     if entry.name in profile_names():

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from vlmedge.limits import Against
 from vlmedge.records import encode
 
+CLOSE = 0.9  # of the words; an export that chooses others more often is right, and another model in effect
 SCHEMA: Final = "vlmedge.verification/1"
 Outcome = Literal["passed", "failed", "measured", "skipped"]
 
@@ -140,6 +141,17 @@ class Report:
     def passed(self) -> bool:
         """Did no stage fail?"""
         return self.failing is None
+
+    @property
+    def agreement(self) -> float | None:
+        """The share of words that the original would choose too; None where it was not asked."""
+        found = [s for s in self.stages if s.stage == "tokens" and s.against == "original" and s.numbers]
+        return (found[0].numbers or {}).get("top1") if found else None
+
+    @property
+    def close(self) -> bool:
+        """Does it also answer as the original does? A right export of few bits may not."""
+        return self.passed and (self.agreement is None or self.agreement >= CLOSE)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON data."""

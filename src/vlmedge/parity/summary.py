@@ -73,9 +73,16 @@ def verdict(report: Report) -> Verdict:
     if not passed:
         return Verdict("warn", "Nothing was judged", (f"No check was held against a limit{rest}.",))
     checks = "The one check passed" if passed == 1 else f"All {passed} checks passed"
-    ties = sum(s.ambiguous for s in report.stages)
-    told = f"{ties} choice{' differs' if ties == 1 else 's differ'} at near ties, which may go either way."
-    return Verdict("good", "Passed", (f"{checks}{rest}.", *([told] if ties else [])))
+    lines = [f"{checks}{rest}."]
+    if not report.close:
+        share = 1 - (report.agreement or 0.0)
+        lines.append(f"A right export, but {share:.0%} of the words differ from the original's: too few bits for it.")
+        return Verdict("warn", "Right, and far from the original", tuple(lines))
+    against = "original" if report.agreement is not None else "stored"
+    ties = sum(s.ambiguous for s in report.stages if s.against == against)
+    if ties:
+        lines.append(f"{ties} choice{' differs' if ties == 1 else 's differ'} at near ties, which may go either way.")
+    return Verdict("good", "Passed", tuple(lines))
 
 
 def title(name: str) -> str:

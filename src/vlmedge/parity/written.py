@@ -20,4 +20,4 @@ ENDINGS = tuple(_WRITERS)
 
 def write_report(report: Report, path: Path) -> None:
     """Write it whole or not at all. Raises OutputError where it cannot be written; `path` ends in one of `ENDINGS`."""
-    write_text(path, _WRITERS[path.suffix](report))
+    write_text(path, _WRITERS[path.suffix.lower()](report))
