@@ -83,7 +83,7 @@ def _compared(stages: list[Mapping[str, Any]], against: str) -> str:
     found = [s for s in stages if s.get("against") == against]
     if not found:
         return f"not beside {_BESIDE[against]}"
-    words = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in found)
-    tokens = next(s["numbers"] for s in found if s["stage"] == "tokens")
-    equal = f"{tokens['top1']:.0%} of {tokens['positions']:.0f} tokens equal"
-    return f"beside {_BESIDE[against]}: relative RMS {words}; {equal}"
+    words = ", ".join(f"{s['stage']} {s['relative_rms']:.1e}" for s in found if "relative_rms" in s)
+    chosen = next((s["numbers"] for s in found if s["stage"] == "tokens" and "top1" in s.get("numbers", {})), None)
+    equal = f"; {chosen['top1']:.0%} of {chosen['positions']:.0f} tokens equal" if chosen else ""
+    return f"beside {_BESIDE[against]}: relative RMS {words}{equal}"
