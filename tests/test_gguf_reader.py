@@ -23,7 +23,7 @@ from vlmedge.exporters import EXPORTERS, ExportJob, Readback
 from vlmedge.exporters.choice import choose
 from vlmedge.exporters.gguf import quantizer, reader
 from vlmedge.exporters.gguf.dequantizer import GRAINS, decode
-from vlmedge.exporters.gguf.facts import VOCABULARY, _layers, read_facts, read_metadata, vocabulary_digest
+from vlmedge.exporters.gguf.facts import VOCABULARY, _layers, read_facts, read_metadata, tokenizer_facts
 from vlmedge.exporters.gguf.ggml import TYPES
 from vlmedge.exporters.gguf.layout import HEADS, LOCAL, MMPROJ, TEXT
 from vlmedge.families import family_of
@@ -93,7 +93,7 @@ def test_an_export_reads_back_as_its_source(exported: Callable[[str], Path], pro
     expected = GGUF.encodings(choose("gguf", profile).order(SPEC))
     assert all(found.grains[n].bits == GRAINS[expected[n].type].bits for n in SOURCE)
     facts = dict(found.facts)
-    assert facts[VOCABULARY] == vocabulary_digest(TOKENIZER, SPEC.decoder.vocab)
+    assert facts[VOCABULARY] == tokenizer_facts(SPEC, TOKENIZER)[VOCABULARY]
     expected_words = GGUF.tokenizer_facts(SPEC, TOKENIZER)
     assert {path: facts.pop(path) for path in expected_words} == expected_words
     for path, value in facts.items():
@@ -307,8 +307,9 @@ def test_another_vocabulary_has_another_digest(exported: Callable[[str], Path]):
     stated, vocab = GGUF.read(SPEC, exported("f32")).facts[VOCABULARY], SPEC.decoder.vocab
     data = json.loads(TOKENIZER)
     data["model"]["merges"] = data["model"]["merges"][:-1]
-    assert vocabulary_digest(json.dumps(data).encode(), vocab) != stated
-    assert vocabulary_digest(TOKENIZER, vocab - 1) != stated
+    smaller = replace(SPEC, decoder=replace(SPEC.decoder, vocab=vocab - 1))
+    assert tokenizer_facts(SPEC, json.dumps(data).encode())[VOCABULARY] != stated
+    assert tokenizer_facts(smaller, TOKENIZER)[VOCABULARY] != stated
     keys = read_metadata(GgufFile(exported("f32") / TEXT))
     assert keys["tokenizer.ggml.tokens"][:400] == spellings(400)
 

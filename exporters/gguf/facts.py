@@ -77,18 +77,9 @@ def read_facts(text: GgufFile, mmproj: GgufFile) -> dict[str, Any]:
 
     `text` is the first part where there are several. Two come from what llama.cpp does with what it reads:
     `vision.layers` is the deepest layer that mtmd's graph computes, `decoder.vocab` the number of tokens. VOCABULARY
-    is in no spec: see `vocabulary_digest`. Raises BundleError for damaged metadata and for an unknown architecture.
+    is in no spec: see `tokenizer_facts`. Raises BundleError for damaged metadata and for an unknown architecture.
     """
     return _decoder_facts(text) | _vision_facts(mmproj)
-
-
-def vocabulary_digest(tokenizer: bytes, vocab: int) -> str:
-    """The fact VOCABULARY that a file made of this tokenizer.json for `vocab` embedding rows must state: SHA-256, hex.
-
-    Over tokens, their types and merges. Raises as `read_vocabulary`.
-    """
-    found = read_vocabulary(tokenizer, vocab)
-    return _digest(found.tokens, found.types, found.merges)
 
 
 def tokenizer_facts(spec: ModelSpec, tokenizer: bytes) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from vlmedge.bundle import Bundle, open_bundle
 from vlmedge.errors import UsageError
-from vlmedge.evaluation.asking import ask
+from vlmedge.evaluation.asking import ask_all
 from vlmedge.evaluation.dataset import Dataset, open_dataset
 from vlmedge.evaluation.row import Row
 from vlmedge.evaluation.summary import pair
-from vlmedge.exporters import EXPORTERS
+from vlmedge.exporters import EXPORTERS, Readback
 from vlmedge.loading import Described, SourceLike, open_model, open_original
 from vlmedge.parity.attribution import RUNTIME, attribute, mixtures
 from vlmedge.parity.examine import examine
@@ -56,7 +56,7 @@ def ablate(
     stored = EXPORTERS[found.manifest.format].read(found.manifest.model, found.path)
     parts = attribute(ran.trace.record, original, stored, threads=threads, progress=progress)
     if dataset is not None:
-        parts = _answered(parts, found, original, dataset, dtype, threads, progress)
+        parts = _answered(parts, found, original, stored, dataset, dtype, threads, progress)
     return replace(report, parts=tuple(parts), seconds=round(time.perf_counter() - start, 2))
 
 
@@ -64,13 +64,13 @@ def _answered(
     parts: list[PartResult],
     bundle: Bundle,
     original: Described,
+    stored: Readback,
     dataset: Dataset,
     dtype: str,
     threads: int | None,
     progress: Progress,
 ) -> list[PartResult]:
     """The parts with what each costs in answers."""
-    stored = EXPORTERS[bundle.manifest.format].read(bundle.manifest.model, bundle.path)
     progress.stage("asking the original", dataset.questions)
     with open_original(original, threads, dtype=dtype) as model:
         base = _rows(model, dataset, progress)
@@ -87,11 +87,9 @@ def _answered(
 
 def _rows(model: Model, dataset: Dataset, progress: Progress) -> dict[str, Row]:
     out = {}
-    for picture in dataset.pictures:
-        image = picture.open()
-        for question in picture.questions:
-            out[question.id] = ask(model, image, picture, question)
-            progress.advance(1)
+    for row in ask_all(model, ((picture, picture.questions) for picture in dataset.pictures)):
+        out[row.id] = row
+        progress.advance(1)
     return out
 
 

@@ -69,6 +69,19 @@ def write_text(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def lock(handle: int) -> bool:
+    """Lock an open file or folder for as long as this process has it open; False where another process has it locked.
+
+    Windows, and some network disks, lock nothing.
+    """
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
+    return True
+
+
 class _Lock:
     """Held by a live export, released by the system when its process dies. Windows has none, and needs none there."""
 
@@ -77,12 +90,7 @@ class _Lock:
 
     def taken(self) -> bool:
         """Take the lock; False where another process has it."""
-        if fcntl is not None and self._handle is not None:
-            try:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                return error.errno not in (errno.EAGAIN, errno.EACCES)  # some network disks lock nothing
-        return True
+        return self._handle is None or lock(self._handle)
 
     def close(self) -> None:
         """Give it back."""

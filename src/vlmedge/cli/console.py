@@ -122,3 +122,8 @@ class _Shown(Progress):
 def megabytes(count: float) -> str:
     """Bytes as MB (10^6)."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def short_number(value: float | None) -> str:
+    """Two digits, such as 1.3e-02; "" where there is none."""
+    return "" if value is None else f"{value:.1e}" if value else "0"

@@ -191,21 +191,19 @@ def _print_pairs(found: Evaluation) -> None:
 
 def _shown(found: Estimate | None, percent: bool = True) -> str:
     """A mean with its interval, such as 93.1 % (91.0-95.0)."""
-    if found is None:
-        return ""
-    factor, digits, unit = (100, 1, " %") if percent else (1, 3, "")
-    value = f"{found.value * factor:.{digits}f}{unit}"
-    if found.low is None or found.high is None:
-        return value
-    return f"{value} ({found.low * factor:.{digits}f}-{found.high * factor:.{digits}f})"
+    return _with_interval(found, percent, "", " %", "-")
 
 
 def _difference(found: Estimate | None, percent: bool) -> str:
     """A difference with its interval, in percentage points or as it is."""
+    return _with_interval(found, percent, "+", " points", " to ")
+
+
+def _with_interval(found: Estimate | None, percent: bool, sign: str, unit: str, to: str) -> str:
     if found is None:
         return ""
-    factor, digits, unit = (100, 1, " points") if percent else (1, 3, "")
-    value = f"{found.value * factor:+.{digits}f}{unit}"
+    factor, form = (100, f"{sign}.1f") if percent else (1, f"{sign}.3f")
+    value = f"{found.value * factor:{form}}{unit if percent else ''}"
     if found.low is None or found.high is None:
         return value
-    return f"{value} ({found.low * factor:+.{digits}f} to {found.high * factor:+.{digits}f})"
+    return f"{value} ({found.low * factor:{form}}{to}{found.high * factor:{form}})"

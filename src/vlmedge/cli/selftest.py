@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vlmedge.cli.console import json_option, print_json, print_table, quiet_option, shown, threads_option
+from vlmedge.cli.console import json_option, print_json, print_table, quiet_option, short_number, shown, threads_option
 
 if TYPE_CHECKING:
     from vlmedge.parity.report import StageResult
@@ -39,7 +39,14 @@ def _print(found: SelfTest) -> None:
     from vlmedge.parity.selftest import CHECKS
 
     rows = [
-        (CHECKS[c.stage], c.outcome, _number(c.relative_rms), _number(c.limit), _number(c.max_abs), _more(c))
+        (
+            CHECKS[c.stage],
+            c.outcome,
+            short_number(c.relative_rms),
+            short_number(c.limit),
+            short_number(c.max_abs),
+            _more(c),
+        )
         for c in found.checks
     ]
     columns = ("check", "outcome", "relative RMS", "limit", "largest", "")
@@ -67,7 +74,3 @@ def _more(check: StageResult) -> str:
     words += [f"{check.ambiguous} near ties"] if check.ambiguous else []
     words += [check.why] if check.outcome in ("skipped", "failed") else []
     return ", ".join(words)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}" if value else "0"

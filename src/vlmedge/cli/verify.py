@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlmedge.cli.console import json_option, one_of, print_json, print_table, quiet_option, shown, threads_option
+from vlmedge.cli.console import (
+    json_option,
+    one_of,
+    print_json,
+    print_table,
+    quiet_option,
+    short_number,
+    shown,
+    threads_option,
+)
 from vlmedge.cli.options import pickle_option
 from vlmedge.errors import OutputError, UsageError
 
@@ -130,9 +139,9 @@ def _print(report: Report) -> None:
             TITLES[s.stage],
             s.against or "",
             s.outcome,
-            _number(s.relative_rms),
-            _number(s.limit),
-            _number(s.max_abs),
+            short_number(s.relative_rms),
+            short_number(s.limit),
+            short_number(s.max_abs),
             _more(s),
         )
         for s in report.stages
@@ -182,7 +191,3 @@ def _more(stage: StageResult) -> str:
     if stage.ambiguous:
         words.append(f"{stage.ambiguous} near ties")
     return ", ".join(words) or (stage.why if stage.outcome in ("skipped", "failed") else "")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}" if value else "0"

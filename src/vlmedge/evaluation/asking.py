@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, replace
 
 from vlmedge.answer import Answer
@@ -39,6 +40,16 @@ def ask(model: Model, image: U8, picture: Picture, question: Question, max_token
         problem=problem,
     )
     return score(row, answer, question, image.shape[1], image.shape[0])
+
+
+def ask_all(
+    model: Model, asked: Iterable[tuple[Picture, Sequence[Question]]], max_tokens: int | None = None
+) -> Iterator[Row]:
+    """Picture by picture, all its questions together, so that a picture is encoded once."""
+    for picture, questions in asked:
+        image = picture.open()
+        for question in questions:
+            yield ask(model, image, picture, question, max_tokens)
 
 
 def score(row: Row, answer: Answer, question: Question, width: int, height: int) -> Row:

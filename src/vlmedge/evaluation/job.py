@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from vlmedge.errors import UsageError
-from vlmedge.evaluation.asking import ask
+from vlmedge.evaluation.asking import ask_all
 from vlmedge.evaluation.dataset import Dataset, open_dataset
 from vlmedge.evaluation.question import Picture, Question
 from vlmedge.evaluation.row import Row
@@ -104,19 +104,17 @@ def answer(
 ) -> None:
     """Ask the shard's questions whose ids are not in `done`; `emit` gets each row as soon as it is there.
 
-    Picture by picture, all its questions together, so that a picture is encoded once. Nothing is opened where nothing
-    is left to ask. Raises UsageError where `data` is not what the shard's digest says, and what `opener` raises.
+    Nothing is opened where nothing is left to ask. Raises UsageError where `data` is not what the shard's digest says,
+    and what `opener` raises.
     """
     progress = progress or Progress()
     left = todo(open_dataset(shard.data, shard.pictures), shard, done)
     if not left:
         return
     with opener(shard, progress) as model:
-        for picture, questions in left:
-            image = picture.open()
-            for question in questions:
-                emit(ask(model, image, picture, question, shard.max_tokens))
-                progress.advance(1)
+        for row in ask_all(model, left, shard.max_tokens):
+            emit(row)
+            progress.advance(1)
 
 
 def todo(dataset: Dataset, shard: Shard, done: Container[str]) -> Todo:

@@ -15,11 +15,7 @@ from typing import Any
 from vlmedge.errors import OutputError
 from vlmedge.evaluation.row import Row, read_row
 from vlmedge.records import decode
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from vlmedge.staging import lock
 
 SCHEMA = "vlmedge.answers/1"
 _HEX = 12  # digits of a hash in a file name
@@ -91,7 +87,8 @@ def opened(path: Path, asked: Asked) -> Iterator[Journal]:
     journal = None
     try:
         with _writing(path):
-            _lock(handle, path)
+            if not lock(handle):
+                raise OutputError(f"another evaluation is writing {path}; wait for it or choose another --out")
             data = path.read_bytes()
             whole = data.rfind(b"\n") + 1
             os.ftruncate(handle, whole)
@@ -155,16 +152,6 @@ def _write(handle: int, data: Any) -> None:
     left = (json.dumps(data, allow_nan=False) + "\n").encode()
     while left:
         left = left[os.write(handle, left) :]
-
-
-def _lock(handle: int, path: Path) -> None:
-    """Released by the system when the process dies."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # some network disks lock nothing
-            raise OutputError(f"another evaluation is writing {path}; wait for it or choose another --out") from None
 
 
 def _stem(asked: Asked) -> str:

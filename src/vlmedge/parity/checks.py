@@ -12,6 +12,7 @@ from vlmedge import imaging
 from vlmedge.bundle import Manifest
 from vlmedge.contract import image_contract, prompt_contract
 from vlmedge.parity.metrics import finite
+from vlmedge.parity.outcomes import judged_facts
 from vlmedge.parity.preprocess import difference
 from vlmedge.parity.record import Sight
 from vlmedge.parity.report import StageResult
@@ -40,7 +41,7 @@ def check_facts(stated: Mapping[str, Any], manifest: Manifest, original: ModelSp
         if not path.startswith("prompt")
     ]
     wrong += [f"the manifest tells apps {path} = {_short(a)}, not {_short(b)}" for path, a, b in told]
-    return _check("facts", wrong, {"facts": len(stated)})
+    return judged_facts("facts", wrong, {"facts": len(stated)})
 
 
 def check_prompts(
@@ -69,7 +70,7 @@ def check_prompts(
         found, right = tokenizer.encode(text), wanted.encode(text)
         if found != right:
             wrong.append(f"{_short(text)} becomes the ids {_short(found)} instead of {_short(right)}")
-    return _check("prompt", wrong, {"texts": len(TEXTS)})
+    return judged_facts("prompt", wrong, {"texts": len(TEXTS)})
 
 
 def check_crops(sights: list[Sight], spec: ImageSpec) -> StageResult:
@@ -95,12 +96,6 @@ def check_crops(sights: list[Sight], spec: ImageSpec) -> StageResult:
         0,
         "; ".join(wrong[:1]),
     )
-
-
-def _check(stage: str, wrong: list[str], numbers: dict[str, float]) -> StageResult:
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    why = wrong[0] + more if wrong else ""
-    return StageResult(stage, None, "failed" if wrong else "passed", None, None, None, numbers, 0, why)
 
 
 def _at(spec: ModelSpec, path: str) -> Any:

@@ -11,9 +11,10 @@ from vlmedge.answer import Box
 from vlmedge.limits import Against, Limits
 from vlmedge.parity.bins import misread
 from vlmedge.parity.judge import Judgement
-from vlmedge.parity.metrics import centred, difference, finite, kl_divergence, largest, margin, near_tie, pooled
+from vlmedge.parity.metrics import centred, difference, kl_divergence, largest, margin, near_tie, pooled
+from vlmedge.parity.outcomes import judged_numbers
 from vlmedge.parity.record import Forward, Head, Record
-from vlmedge.parity.report import Outcome, StageResult, TokenResult
+from vlmedge.parity.report import StageResult, TokenResult
 from vlmedge.regions import coordinate_of, size_of
 from vlmedge.scoring import iou
 from vlmedge.session import F32
@@ -69,7 +70,7 @@ def _stage(stage: str, against: Against, limit: float | None, pairs: _Pairs) -> 
     """The worst of all pairs."""
     if not pairs:
         return _nothing(stage, against)
-    return _judged(stage, against, limit, *max(difference(a, b) for a, b in pairs))
+    return judged_numbers(stage, against, limit, *max(difference(a, b) for a, b in pairs))
 
 
 def _pooled(
@@ -93,7 +94,9 @@ def _pooled(
     most_of_one = _most_of_one(against, limit)
     if worst > most_of_one:
         parting = f"relative RMS {worst:.1e} in a single call, at most {most_of_one:.1e} is allowed"
-    return _judged(stage, against, limit, relative, most, {**(numbers or {}), "worst": worst}, ambiguous, parting)
+    return judged_numbers(
+        stage, against, limit, relative, most, {**(numbers or {}), "worst": worst}, ambiguous, parting
+    )
 
 
 def _nothing(stage: str, against: Against) -> StageResult:
@@ -109,25 +112,6 @@ def _most_of_one(against: Against, limit: float | None) -> float:
     if limit is None:
         return np.inf
     return SINGLE * limit if against == "original" else min(SINGLE * limit, 1.0)
-
-
-def _judged(
-    stage: str,
-    against: Against,
-    limit: float | None,
-    relative: float,
-    most: float,
-    numbers: dict[str, float] | None = None,
-    ambiguous: int = 0,
-    parting: str = "",
-) -> StageResult:
-    why = parting
-    if limit is not None and relative > limit:
-        why = f"relative RMS {relative:.1e}, at most {limit:.1e} is allowed"
-    if not np.isfinite(relative):
-        why = "numbers are not finite or of another shape"
-    outcome: Outcome = "failed" if why else "measured" if limit is None else "passed"
-    return StageResult(stage, against, outcome, finite(relative), finite(most), limit, numbers, ambiguous, why)
 
 
 def _tokens(

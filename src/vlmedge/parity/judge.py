@@ -67,14 +67,14 @@ def _seen(
     """Features of every vision call, and the rows of every projection."""
     from vlmedge.reference import preprocess
 
-    own = {s.projection: preprocess.crops(s.picture, spec.image) for s in record.sights if s.projection is not None}
-    pixels = [call.pixels for call in record.vision] + ([] if same_inputs else [crops for _, crops in own.values()])
+    sights = [] if same_inputs else record.sights
+    own = {s.projection: preprocess.crops(s.picture, spec.image) for s in sights if s.projection is not None}
+    pixels = [call.pixels for call in record.vision] + [crops for _, crops in own.values()]
     stacks, index = _distinct(pixels)
     features = model.vision(preprocess.normalise(stacks, spec.image))
     projections: list[tuple[F32, Grid]] = [(call.features, call.tiling) for call in record.projections]
-    if not same_inputs:
-        for (call, (tiling, _)), at in zip(own.items(), index[len(record.vision) :], strict=True):
-            projections[call] = (features[at], tiling)
+    for (call, (tiling, _)), at in zip(own.items(), index[len(record.vision) :], strict=True):
+        projections[call] = (features[at], tiling)
     return tuple(features[at] for at in index[: len(record.vision)]), tuple(model.project(projections))
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from vlmedge.parity.relay import Relay
 from vlmedge.session import F32, I32, U8, Grid, Session, Step
 
 # Which forward calls hold the positions before a call, and how many of each.
@@ -128,40 +129,29 @@ class Record:
             yield label, [i for i, f in enumerate(self.forwards) if f.reading == label]
 
 
-class Recorder:
+class Recorder(Relay):
     """A `Session` that passes every call on and keeps what went in and what came out.
 
     `reading` labels the calls that follow.
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        super().__init__(session)
         self.record = Record()
         self.reading = ""
-        self.runtime = session.runtime
         self._live: list[tuple[int, int]] = []
         self._rows: dict[bytes, list[Origin]] = {}
         self._hidden: dict[bytes, int] = {}
 
-    @property
-    def position(self) -> int:
-        """Positions in the KV cache."""
-        return self._session.position
-
-    @property
-    def context(self) -> int:
-        """Positions that the KV cache can hold."""
-        return self._session.context
-
     def vision(self, pixels: U8) -> F32:
         """Encode crops."""
-        features = self._session.vision(pixels)
+        features = super().vision(pixels)
         self.record.vision.append(Vision(pixels.copy(), features.copy()))
         return features
 
     def project(self, features: F32, tiling: Grid) -> F32:
         """Project one picture's features."""
-        rows = self._session.project(features, tiling)
+        rows = super().project(features, tiling)
         call = len(self.record.projections)
         self.record.projections.append(Projection(features.copy(), tiling, rows.copy()))
         self._know(rows, [Origin("projection", call, row) for row in range(len(rows))])
@@ -169,7 +159,7 @@ class Recorder:
 
     def embed(self, ids: I32) -> F32:
         """Embed token ids."""
-        rows = self._session.embed(ids)
+        rows = super().embed(ids)
         self.record.embeddings.append(Embedding(np.array(ids, np.int32), rows.copy()))
         self._know(rows, [Origin("id", int(i)) for i in ids])
         return rows
@@ -179,7 +169,7 @@ class Recorder:
     ) -> Step:
         """Append positions."""
         path = tuple(self._live)
-        step = self._session.forward(inputs, bidirectional=bidirectional, hidden=hidden, every=every)
+        step = super().forward(inputs, bidirectional=bidirectional, hidden=hidden, every=every)
         ids = inputs.astype(np.int32) if np.issubdtype(inputs.dtype, np.integer) else None
         rows = None if ids is not None else np.array(inputs, np.float32)
         origins = () if rows is None else tuple(self._origins(rows))
@@ -198,7 +188,7 @@ class Recorder:
 
     def head(self, name: str, inputs: F32) -> F32:
         """Run a region head."""
-        outputs = self._session.head(name, inputs)
+        outputs = super().head(name, inputs)
         call, read = len(self.record.heads), self._hidden.get(_key(np.asarray(inputs, np.float32)))
         self.record.heads.append(Head(name, np.array(inputs, np.float32), outputs.copy(), read))
         self._know(outputs[None], [Origin("head", call)])
@@ -206,21 +196,13 @@ class Recorder:
 
     def rewind(self, position: int) -> None:
         """Forget every position from `position` on."""
-        self._session.rewind(position)
+        super().rewind(position)
         kept, left = [], position
         for call, length in self._live:
             if left > 0:
                 kept.append((call, min(length, left)))
             left -= length
         self._live = kept
-
-    def info(self) -> dict[str, Any]:
-        """Facts of the session behind it."""
-        return self._session.info()
-
-    def close(self) -> None:
-        """Free the session behind it."""
-        self._session.close()
 
     def _know(self, rows: F32, origins: list[Origin]) -> None:
         for row, origin in zip(rows, origins, strict=True):

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vlmedge.answer import Box, Point
-from vlmedge.parity.metrics import centred, finite
-from vlmedge.parity.report import Outcome, StageResult
+from vlmedge.parity.metrics import centred
+from vlmedge.parity.outcomes import judged_facts, judged_numbers
+from vlmedge.parity.report import StageResult
 from vlmedge.parity.selftest_file import FoundVector, ModelVectors, PictureVector, ReadingVector, Sample, Vectors
 from vlmedge.parity.trace import Trace, caption_ids
 from vlmedge.parity.vectors import bins_of, picture_vector
@@ -40,12 +41,12 @@ def without_model(vectors: Vectors, spec: ModelSpec, tokenizer: Tokenizer) -> It
             wrong.append(f"{_few(v.ids)} becomes {found[:40]!r} instead of {v.text[:40]!r}")
     if vectors.model is not None and vectors.model.prompt_ids != caption_ids(spec.prompt)[1]:
         wrong.append("the manifest's template of a caption is not the one that was recorded")
-    yield _exact("tokenizer", wrong, {"texts": len(vectors.text)})
+    yield judged_facts("tokenizer", wrong, {"texts": len(vectors.text)})
     pairs = [(i, v, picture_vector(v.height, v.width, spec.image)) for i, v in enumerate(vectors.pictures)]
     wrong = [f"picture {i}: {what}" for i, a, b in pairs if (what := _parted(a, b))]
-    yield _exact("preprocess", wrong, {"pictures": len(pairs)})
+    yield judged_facts("preprocess", wrong, {"pictures": len(pairs)})
     wrong = [f"picture {i}: the tensor has another hash" for i, a, b in pairs if a.tensor_sha256 != b.tensor_sha256]
-    yield _exact("pixels", wrong, {"pictures": len(pairs)})
+    yield judged_facts("pixels", wrong, {"pictures": len(pairs)})
 
 
 def with_model(
@@ -81,12 +82,6 @@ def _choices(rows: Sequence[F32], banned: Sequence[int]) -> list[int]:
     return out
 
 
-def _exact(check: str, wrong: Sequence[str], numbers: dict[str, float]) -> StageResult:
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    why = wrong[0] + more if wrong else ""
-    return StageResult(check, None, "failed" if wrong else "passed", numbers=numbers, why=why)
-
-
 def _few(ids: Sequence[int]) -> str:
     return f"[{', '.join(map(str, ids[:8]))}{', ...' if len(ids) > 8 else ''}]"
 
@@ -103,7 +98,9 @@ def _parted(wanted: PictureVector, ours: PictureVector) -> str:
 
 def _near(check: str, limits: dict[str, float | None], pairs: Iterable[tuple[Sample, F32 | None]]) -> StageResult:
     """The worst of all samples."""
-    return _judged(check, limits.get(check), *max((_difference(a, b) for a, b in pairs), default=(0.0, 0.0)))
+    return judged_numbers(
+        check, None, limits.get(check), *max((_difference(a, b) for a, b in pairs), default=(0.0, 0.0))
+    )
 
 
 def _difference(wanted: Sample, ours: F32 | None) -> tuple[float, float]:
@@ -129,24 +126,6 @@ def _rms(values: F64) -> float:
     return float(np.sqrt(np.mean(values**2))) if len(values) else 0.0
 
 
-def _judged(
-    check: str,
-    limit: float | None,
-    relative: float,
-    most: float,
-    numbers: dict[str, float] | None = None,
-    ambiguous: int = 0,
-    parting: str = "",
-) -> StageResult:
-    why = parting if limit is not None else ""
-    if limit is not None and relative > limit:
-        why = f"relative RMS {relative:.1e}, at most {limit:.1e} is allowed"
-    if not np.isfinite(relative):
-        why = "numbers are not finite or of another shape"
-    outcome: Outcome = "failed" if why else "measured" if limit is None else "passed"
-    return StageResult(check, None, outcome, finite(relative), finite(most), limit, numbers, ambiguous, why)
-
-
 def _tokens(
     limit: float | None, tie: float, banned: Sequence[int], readings: Iterable[tuple[ReadingVector, Sequence[F32]]]
 ) -> StageResult:
@@ -164,22 +143,23 @@ def _tokens(
         parting = parting or next(filter(None, faults), "")
         if parted:
             numbers["first_divergence"] = min(parted[0], numbers.get("first_divergence", parted[0]))
-    return _judged("tokens", limit, *worst, numbers, ambiguous, parting)
+    return judged_numbers("tokens", None, limit, *worst, numbers, ambiguous, parting if limit is not None else "")
 
 
 def _boxes(limit: float | None, tie: float, wanted: FoundVector, found: Trace) -> StageResult:
     """Bins as tokens; where none differs, the boxes and points that are made of them too."""
-    outputs = bins_of(found)
+    outputs, judged = bins_of(found), limit is not None
     bins = [int(row.argmax()) for row in outputs]
     at = _first_other(wanted.bins, bins)
     worst = _chosen(wanted.bins, wanted.values, outputs, at, 0.0)
     numbers: dict[str, float] = {"bins": len(wanted.bins), "equal": len(wanted.bins) if at is None else at}
     if at is not None:
         parting = _choice(f"bin {at}", at, wanted.bins, bins, wanted.margins, tie)
-        return _judged("boxes", limit, *worst, numbers, int(not parting), parting)
+        return judged_numbers("boxes", None, limit, *worst, numbers, int(not parting), parting if judged else "")
     ours = [thing for things in found.found.values() for thing in things]
     apart = _farthest((*wanted.boxes, *wanted.points), ours)
-    return _judged("boxes", limit, *worst, numbers, 0, "equal bins make other boxes" if apart > _DIGITS else "")
+    parting = "equal bins make other boxes" if judged and apart > _DIGITS else ""
+    return judged_numbers("boxes", None, limit, *worst, numbers, 0, parting)
 
 
 def _chosen(
