@@ -1,1 +1,1 @@
-"""What a model costs on a device: jobs, workers, reports. Empty until `vlmedge bench` comes."""
+"""The benchmark: what a model costs on a device, beside the original, with its agreement in the same row."""

@@ -24,7 +24,7 @@ from vlmedge.evaluation.dataset import open_dataset
 from vlmedge.evaluation.evaluate import Settings, evaluate
 from vlmedge.evaluation.job import Shard, answer, todo
 from vlmedge.evaluation.question import Picture, Question
-from vlmedge.evaluation.subject import fingerprint
+from vlmedge.subject import fingerprint
 from vlmedge.progress import Progress
 
 SOURCE = "demo:moondream2"

@@ -20,7 +20,7 @@ from vlmedge.evaluation import cluster
 from vlmedge.evaluation.dataset import DEMO, open_dataset
 from vlmedge.evaluation.evaluate import evaluate
 from vlmedge.evaluation.job import Shard, Task, opened, run_here
-from vlmedge.evaluation.subject import fingerprint
+from vlmedge.subject import fingerprint
 from vlmedge.pipeline import export
 from vlmedge.progress import Progress
 

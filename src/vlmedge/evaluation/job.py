@@ -12,7 +12,7 @@ from vlmedge.evaluation.asking import ask_all
 from vlmedge.evaluation.dataset import Dataset, open_dataset
 from vlmedge.evaluation.question import Picture, Question
 from vlmedge.evaluation.row import Row
-from vlmedge.evaluation.subject import fingerprint
+from vlmedge.subject import fingerprint
 from vlmedge.loading import load
 from vlmedge.progress import Progress
 from vlmedge.skills import Model

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmedge.evaluation.row import Row
 from vlmedge.evaluation.statistics import Estimate, Sums, difference, estimate, mcnemar
-from vlmedge.evaluation.subject import Subject
+from vlmedge.subject import Subject
 
 SCHEMA = "vlmedge.evaluation/1"
 CHANCE = 0.05  # a p-value from which on a split of the flips may be chance

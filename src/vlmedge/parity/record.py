@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from vlmedge.parity.relay import Relay
+from vlmedge.relay import Relay
 from vlmedge.session import F32, I32, U8, Grid, Session, Step
 
 # Which forward calls hold the positions before a call, and how many of each.

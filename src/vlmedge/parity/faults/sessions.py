@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from vlmedge.bundle import Bundle
-from vlmedge.parity.relay import Relay
+from vlmedge.relay import Relay
 from vlmedge.session import F32, I32, Session, Step
 
 Inputs: TypeAlias = F32 | I32

@@ -1,0 +1,1 @@
+"""Where a job's process runs: this machine, one behind ssh, a phone behind adb, a browser page."""
