@@ -20,8 +20,8 @@ class Variant:
 
     `label` is unique in a run. `source` is the bundle or checkpoint, as a path on the machine that runs it or as a name
     that it can open; `digest` is its fingerprint, `bytes` the size of its files, `bits_per_weight` None for the
-    original. `format`: a bundle's, or "checkpoint". `unit`: what computes ("cpu", "cuda", "mps", "metal", "coreml", ...,
-    see `runtimes.Runtime.units`). `dtype`: of the original, "" for bundles. `threads`: None for the physical cores.
+    original. `format`: a bundle's, or "checkpoint". `unit`: what computes ("cpu", "cuda", "mps", "metal", ...: see
+    `runtimes.Runtime.units`). `dtype`: of the original, "" for bundles. `threads`: None for the physical cores.
     `affinity`: the processors that the process may use, () for all. `context`: None for the model's own.
     """
 

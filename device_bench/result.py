@@ -20,11 +20,11 @@ Status = Literal["ok", "unavailable", "failed", "crashed", "hung", "out_of_memor
 class Sample:
     """One ask answered once. `at`: seconds since the measuring began.
 
-    `ms`, each in milliseconds, where it was measured: `image` (file -> RGB), `preprocess` (crops), `vision` (all crops),
-    `project`, `tokenize`, `prefill` (the picture's positions), `prompt` (the question's), `first_token` (TTFT: image
-    file in hand to first token out, all of these), `decode` (per token, the first excluded: the mean), `detokenize`
-    (the whole answer, measured apart), `next_first_token` (TTFT of another question about the same picture, which is
-    in the KV cache), `end_to_end`. `token_ms`: each token after the first.
+    `ms`, each in milliseconds, where it was measured: `image` (file -> RGB), `preprocess` (crops), `vision` (all
+    crops), `project`, `tokenize`, `prefill` (the picture's positions), `prompt` (the question's), `first_token` (TTFT:
+    image file in hand to first token out, all of these), `decode` (per token, the first excluded: the mean),
+    `detokenize` (the whole answer, measured apart), `next_first_token` (TTFT of another question about the same
+    picture, which is in the KV cache), `end_to_end`. `token_ms`: each token after the first.
     """
 
     ask: str
@@ -62,7 +62,7 @@ class Memory:
     """Of the worker's own process, in MB (10^6 bytes); None where the system does not tell.
 
     `baseline`: resident, libraries imported, before opening. `peak`: the highest. `loaded`: resident after opening.
-    `anonymous` and `mapped`: at the end, what the system cannot drop, and the pages of files. `gpu_peak`: None off GPUs.
+    `anonymous` and `mapped`: at the end, what the system cannot drop, and pages of files. `gpu_peak`: None off GPUs.
     """
 
     baseline: float | None
@@ -176,10 +176,10 @@ class Reply:
 class Record:
     """One line of a run's file.
 
-    `job` is `Job.id`. `started`: UTC, ISO 8601. `seconds`: of the whole process. `ceiling`: the last anchor's of the same
-    device and thread count. `reached`: fractions of it by stage: "vision", "prefill" (of the fastest product's rate),
-    "decode" (of the bandwidth). `drift`: how much slower than at the start the anchors around the job were (0.03: 3 %),
-    None without anchors. `again`: how often the job was run before, because its anchors had drifted.
+    `job` is `Job.id`. `started`: UTC, ISO 8601. `seconds`: of the whole process. `ceiling`: the last anchor's of the
+    same device and thread count. `reached`: fractions of it by stage: "vision", "prefill" (of the fastest product's
+    rate), "decode" (of the bandwidth). `drift`: how much slower than at the start the anchors around the job were
+    (0.03: 3 %), None without anchors. `again`: how often the job was run before, because its anchors had drifted.
     """
 
     schema: Literal["vlmedge.bench/1"]

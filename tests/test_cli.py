@@ -174,7 +174,7 @@ def test_models(succeed):
 def test_doctor(succeed):
     """On a machine with the development tools everything of this version works."""
     found = succeed("doctor", "--json").data
-    assert set(found) == {"machine", "packages", "usable", "problems"}
+    assert set(found) == {"machine", "packages", "usable", "units", "problems"}
     assert found["machine"]["vlmedge"] == __version__
     assert found["packages"]["numpy"]
     assert found["usable"]["run checkpoint (torch)"] is True
@@ -281,9 +281,3 @@ def test_profiles_and_flavours_of_other_formats(refused, golden):
     assert "profile q3 is for gguf, not onnx; for onnx there are: " in refused(*words, "--q3", code=2)
     line = refused(*words, "--flavour", "portible", code=2)
     assert "onnx has no flavour 'portible'; did you mean 'portable'?" in line
-
-
-def test_a_provider_for_a_runtime_without(refused, bundle, golden, photo):
-    for source, runtime in ((bundle, "llamacpp"), (golden, "torch")):
-        line = refused("run", source, photo, "--provider", "cuda", code=2)
-        assert f"the runtime '{runtime}' has no execution providers; leave out the provider 'cuda'" in line

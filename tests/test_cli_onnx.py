@@ -54,10 +54,9 @@ def test_an_answer(succeed, onnx_bundle, tmp_path, monkeypatch, memory):
 
 
 def test_a_provider_that_is_not_there(refused, onnx_bundle):
-    for name in ("cudaa", "xyz"):
+    for name, help_ in (("cudaa", "did you mean 'cuda'?"), ("xyz", "known: ")):
         line = refused("run", onnx_bundle, *QUESTION, "--provider", name, code=2)
-        assert f"the execution provider '{name}' is not in onnxruntime" in line
-        assert "cpu" in line
+        assert f"the runtime 'onnxruntime' has no unit '{name}'; {help_}" in line
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS["onnx"])

@@ -30,7 +30,7 @@ class Refusing:
 
     def __init__(self) -> None:
         self.openings: list[Opening] = []
-        self.runtime = Runtime("noting", "gguf", lambda: None, self.open, has_providers=True)
+        self.runtime = Runtime("noting", "gguf", lambda: None, self.open, lambda: {"cpu": "", "cuda": ""})
 
     def open(self, opening: Opening) -> Any:
         self.openings.append(opening)

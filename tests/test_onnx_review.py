@@ -19,8 +19,9 @@ from vlmedge.errors import BundleError, OutputError, RuntimeFailedError
 from vlmedge.exporters.onnx.flavour import FLAVOURS
 from vlmedge.reference.session import TorchSession
 from vlmedge.runtimes.onnxruntime_session import OnnxSession
-from vlmedge.runtimes.ort_engine import CPU, Engine
+from vlmedge.runtimes.ort_engine import Engine
 from vlmedge.runtimes.ort_prepacked import PrepackedGraphs
+from vlmedge.runtimes.ort_units import CPU
 from vlmedge.spec import ModelSpec
 
 DECODER = "onnx/decoder_model_merged.onnx"

@@ -26,7 +26,7 @@ from vlmedge.picture import load_picture
 from vlmedge.pipeline import export
 from vlmedge.runtimes import Opening, onnxruntime
 from vlmedge.runtimes.onnxruntime_session import OnnxSession
-from vlmedge.runtimes.ort_engine import CPU
+from vlmedge.runtimes.ort_units import CPU
 
 
 def exported(golden: Path, folder: Path, profile="f32", flavour="ort") -> Bundle:
@@ -169,9 +169,10 @@ def test_facts(bundles):
     facts = session.info()
     assert facts["onnxruntime"].count(".") == 2
     assert {k: v for k, v in facts.items() if k != "onnxruntime"} == {
-        "provider": CPU, "threads": 1, "memory": "fast", "decoder": "held", "kv_cache": "int8", "flavour": "ort",
+        "unit": "cpu", "provider": CPU, "on_cpu": {}, "threads": 1, "memory": "fast", "decoder": "held",
+        "kv_cache": "int8", "kv_cache_in": "cpu", "flavour": "ort",
     }  # fmt: skip
-    with pytest.raises(UsageError, match="the execution provider 'warp' is not in onnxruntime"):
+    with pytest.raises(UsageError, match="the runtime 'onnxruntime' has no unit 'warp'"):
         opened_session(bundles["ort"], provider="warp")
 
 

@@ -17,11 +17,12 @@ from vlmedge.errors import (
     UsageError,
 )
 from vlmedge.runtimes.ort_decoder import Decoder
-from vlmedge.runtimes.ort_engine import CPU, Engine, choose_provider
+from vlmedge.runtimes.ort_engine import Engine
 from vlmedge.runtimes.ort_errors import computing, loading
 from vlmedge.runtimes.ort_kv import GrowingKv, SharedKv
 from vlmedge.runtimes.ort_prepacked import PrepackedGraphs
 from vlmedge.runtimes.ort_saturation import GRAPH, saturates
+from vlmedge.runtimes.ort_units import CPU, choose_provider
 from vlmedge.spec import DecoderSpec
 
 ENGINE = Engine(CPU, 1)
@@ -318,8 +319,8 @@ def test_damaged_files_are_one_line(tmp_path, damage, capfd):
 
 def test_providers_by_their_short_names():
     assert choose_provider(None) == choose_provider("cpu") == choose_provider("CPUExecutionProvider") == CPU
-    with pytest.raises(UsageError, match=r"'tensorrt' is not in onnxruntime .*: it has .*cpu"):
-        choose_provider("tensorrt")
+    with pytest.raises(UsageError, match=r"has no unit 'warp'; known: .*cpu, cuda"):
+        choose_provider("warp")
 
 
 def test_a_provider_is_never_replaced(tmp_path):

@@ -47,8 +47,9 @@ class Answer:
     """One answer.
 
     `tokens`: the generated ids, the end token included where one ended it. `prompt_tokens` counts positions
-    that are not the picture's. `timings_ms`: preprocess, vision, project, prefill (picture), prompt, first_token
-    (from the picture in hand), decode, total; a stage that was not needed is absent. `peak_rss_mb` is the process's.
+    that are not the picture's. `timings_ms`: tokenize, image (file to pixels), preprocess (crops), vision, project,
+    prefill (picture), prompt, first_token (from the picture's file in hand), decode, total; a stage that was not needed
+    is absent. `peak_rss_mb` is the process's.
     """
 
     skill: str

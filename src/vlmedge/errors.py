@@ -11,6 +11,7 @@ VlmedgeError                exit code 1, one line: what was asked, what is true,
 ├── ContextError            a prompt that does not fit the model's context
 ├── MissingExtraError       an optional package that is not installed
 ├── RuntimeFailedError      a native library that failed
+│   └── UnavailableError    what is to compute is not there
 └── VerificationError       an export that does not agree with the original
 """
 
@@ -69,6 +70,10 @@ class MissingExtraError(VlmedgeError):
 
 class RuntimeFailedError(VlmedgeError):
     """A native library failed or is known to crash on this machine."""
+
+
+class UnavailableError(RuntimeFailedError):
+    """The runtime, or the unit that is to compute, cannot be used on this machine; the text says what to do."""
 
 
 class VerificationError(VlmedgeError):

@@ -10,13 +10,14 @@ from typing import TypeAlias
 
 from vlmedge.bundle import Bundle, bundle_around, is_bundle, open_bundle
 from vlmedge.checkpoint import Checkpoint
-from vlmedge.errors import RuntimeFailedError, UsageError
+from vlmedge.errors import UnavailableError, UsageError
 from vlmedge.families import Family, family_of, known_models
 from vlmedge.progress import Progress
 from vlmedge.prompt import Tokenizer
 from vlmedge.registry import Registry
 from vlmedge.runtimes import RUNTIMES, Memory, Opening
 from vlmedge.runtimes.cache import cache_folder
+from vlmedge.runtimes.units import CPU, check_unit
 from vlmedge.skills import Model
 from vlmedge.sources import DEMO, open_source
 from vlmedge.spec import ModelSpec
@@ -76,8 +77,9 @@ def load(
 
     `runtime`: a name of `RUNTIMES`, by default the one for the bundle's format. `threads`: by default the
     physical cores. `memory`: see `runtimes.Opening`. `context`: positions to keep memory for, by default all that
-    the model has. `dtype`: the original's, "f32", "bf16" or "f16". `provider`: the execution provider of a runtime
-    that has several. With `memory="lean"` a runtime may keep prepared files in `runtimes.cache.cache_folder()`.
+    the model has. `dtype`: the original's, "f32", "bf16" or "f16". `provider`: the unit that computes, one of
+    `Runtime.units` ("cpu", "cuda", "metal", ...), by default the CPU; one that cannot be used here is refused.
+    With `memory="lean"` a runtime may keep prepared files in `runtimes.cache.cache_folder()`.
     """
     if names_bundle(source):
         cache = cache_folder() if memory == "lean" else None
@@ -88,9 +90,10 @@ def load(
         raise UsageError(
             f"the runtime '{chosen}' runs {RUNTIMES[chosen].loads} bundles; {source} is a checkpoint: export it first"
         )
-    _check_provider(chosen, provider)
+    if provider is not None and provider.lower() != CPU:
+        check_unit(chosen, provider, RUNTIMES[chosen].units())  # before a checkpoint is fetched for nothing
     found = describe(source, allow_pickle=allow_pickle, progress=progress)
-    return open_original(found, threads, dtype=dtype, context=context, runtime=chosen)
+    return open_original(found, threads, dtype=dtype, context=context, runtime=chosen, provider=provider)
 
 
 def source_label(checkpoint: Checkpoint) -> str:
@@ -119,10 +122,11 @@ def open_original(
     dtype: str = "f32",
     context: int | None = None,
     runtime: str = "torch",
+    provider: str | None = None,
 ) -> Model:
     """Open a described checkpoint itself; raises MissingExtraError where PyTorch is not installed."""
     spec = with_context(found.spec, context)
-    opening = Opening(spec, tensors=found.tensors, threads=threads, dtype=dtype)
+    opening = Opening(spec, tensors=found.tensors, threads=threads, dtype=dtype, provider=provider)
     return Model(found.spec, RUNTIMES[runtime].open(opening), Tokenizer(found.tokenizer))
 
 
@@ -160,8 +164,7 @@ def open_model(
         raise UsageError(f"the runtime '{chosen}' runs {runs}; {bundle.path} has the format {manifest.format}")
     missing = entry.missing()
     if missing is not None:
-        raise RuntimeFailedError(f"{bundle.path} cannot be run here: {missing}")
-    _check_provider(chosen, provider)
+        raise UnavailableError(f"{bundle.path} cannot be run here: {missing}")
     tokenizer = Tokenizer((bundle.path / manifest.tokenizer.file).read_bytes())
     opening = Opening(
         with_context(manifest.model, context),
@@ -174,11 +177,6 @@ def open_model(
         provider=provider,
     )
     return Model(manifest.model, entry.open(opening), tokenizer)
-
-
-def _check_provider(runtime: str, provider: str | None) -> None:
-    if provider is not None and not RUNTIMES[runtime].has_providers:
-        raise UsageError(f"the runtime '{runtime}' has no execution providers; leave out the provider '{provider}'")
 
 
 def _runtime_for(loads: str) -> str:

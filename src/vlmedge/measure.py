@@ -29,8 +29,8 @@ class Clock:
         self.timings.setdefault(name, (time.perf_counter() - self._start) * 1000)
 
     def rounded(self) -> dict[str, float]:
-        """Durations to a hundredth of a millisecond."""
-        return {name: round(value, 2) for name, value in self.timings.items()}
+        """Durations to a microsecond."""
+        return {name: round(value, 3) for name, value in self.timings.items()}
 
 
 def peak_rss_mb() -> float | None:

@@ -74,7 +74,7 @@ class Session(Protocol):
         """Forget every position from `position` on."""
 
     def info(self) -> dict[str, Any]:
-        """Facts for reports: versions, threads, devices."""
+        """Facts for reports: versions, `threads`, and `unit`, what computes."""
 
     def close(self) -> None:
         """Free native memory; the session must not be used afterwards."""

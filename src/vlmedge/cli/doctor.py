@@ -1,4 +1,4 @@
-"""vlmedge doctor: what is installed, what can run here, and what to do about the rest."""
+"""vlmedge doctor: what is installed, what can run and compute here, and what to do about the rest."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def command(as_json: bool) -> None:
     ]
     uses = [(f"run {RUNTIMES[name].loads} ({name})", RUNTIMES[name].missing() or "") for name in RUNTIMES]
     uses += [(f"export {name}", _export_problem(name)) for name in EXPORTERS]
+    units = [
+        (runtime, unit, why)
+        for runtime in RUNTIMES
+        if RUNTIMES[runtime].missing() is None
+        for unit, why in RUNTIMES[runtime].units().items()
+    ]
     machine = {
         "vlmedge": __version__,
         "python": sys.version.split()[0],
@@ -60,6 +66,7 @@ def command(as_json: bool) -> None:
                 "machine": machine,
                 "packages": {name: found or None for name, found, _ in packages},
                 "usable": {name: not problem for name, problem in uses},
+                "units": {name: {unit: why for of, unit, why in units if of == name} for name in RUNTIMES},
                 "problems": [p for _, p in uses if p],
             }
         )
@@ -68,6 +75,11 @@ def command(as_json: bool) -> None:
             click.echo(f"{key:10} {value}")
         print_table("", ("package", "version", "to install"), [(n, v or "-", todo) for n, v, todo in packages])
         print_table("", ("use", "works", "what to do"), [(n, "no" if p else "yes", p) for n, p in uses])
+        print_table(
+            "",
+            ("runtime", "computes on", "here", "why not, and what to do"),
+            [(runtime, unit, "no" if why else "yes", why) for runtime, unit, why in units],
+        )
     if broken:
         raise VlmedgeError(
             f"the base install is incomplete: {', '.join(broken)} missing; pip install --force-reinstall vlmedge"

@@ -60,6 +60,12 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
     return size
 
 
+def provider_option(function: F) -> F:
+    """Add --provider."""
+    text = "The unit that computes: cpu, cuda, metal, ... (see vlmedge doctor) [default: cpu]."
+    return click.option("--provider", metavar="NAME", help=text)(function)
+
+
 def pickle_option(function: F) -> F:
     """Add --allow-pickle."""
     text = "Read pickled weights, with torch's restricted loader."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlmedge.cli.console import json_option, one_of, print_json, quiet_option, shown, threads_option
-from vlmedge.cli.options import pickle_option
+from vlmedge.cli.options import pickle_option, provider_option
 from vlmedge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ SKILLS = ("query", "caption", "detect", "point", "gaze")
 @click.option("--eye", metavar="X,Y", help="The eye (0..1) whose gaze is asked for.")
 @click.option("--face", metavar="X,Y,X2,Y2", help="Instead: a face box, from which eyes are drawn and averaged.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format; torch for a checkpoint]")
-@click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
+@provider_option
 @click.option(
     "--memory",
     callback=one_of("fast", "lean"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vlmedge.cli.console import json_option, print_json, print_table, quiet_option, short_number, shown, threads_option
+from vlmedge.cli.options import provider_option
 
 if TYPE_CHECKING:
     from vlmedge.parity.report import StageResult
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 @click.command("selftest")
 @click.argument("bundle")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format]")
-@click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
+@provider_option
 @threads_option
 @quiet_option
 @json_option

@@ -19,7 +19,7 @@ from vlmedge.cli.console import (
     shown,
     threads_option,
 )
-from vlmedge.cli.options import pickle_option
+from vlmedge.cli.options import pickle_option, provider_option
 from vlmedge.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--images", metavar="DIR", help="Pictures of your own, beside those that are made from formulas.")
 @click.option("--report", metavar="OUT.html|.md|.json", help="Write the whole report.")
 @click.option("--runtime", metavar="NAME", help="[default: the one for the bundle's format]")
-@click.option("--provider", metavar="NAME", help="Of a runtime that has several [default: the runtime chooses].")
+@provider_option
 @click.option("--ablate", is_flag=True, help="Also quantize one part at a time, and show what each costs and saves.")
 @click.option(
     "--data", metavar="demo|FILE.jsonl", help="With --ablate: questions to ask [default: demo's, for a demo]."

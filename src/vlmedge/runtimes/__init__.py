@@ -24,7 +24,7 @@ class Opening:
     file, so that the system can drop pages. `dtype` is the original's ("f32", "bf16", "f16"). `kv_cache` is the
     type of the stored keys and values, where the runtime has a choice; it and `flavour` are the manifest's. `cache`:
     a folder, perhaps not there yet, for files that make the next opening cheaper; None: write nothing anywhere.
-    `provider`: the execution provider that is wanted; None: the runtime chooses.
+    `provider`: the unit that computes, one of `Runtime.units`; None: the CPU.
     """
 
     spec: ModelSpec
@@ -44,14 +44,18 @@ class Runtime:
     """One way to run a model.
 
     `loads`: the bundle format, or "checkpoint" for the original. `missing`: None where it can run here, else
-    one line that says what to do. `has_providers`: `Opening.provider` means something to it.
+    one line that says what to do. `units`: what can compute ("cpu", "cuda", "metal", ...): "" where it can be used
+    here, else one line why not and what to do; a package that is not installed is never imported for it. `open` opens
+    on exactly the unit that is asked for, or raises UsageError for a name that is none of them, RuntimeFailedError for
+    one that cannot be used here. `libraries`: the modules whose import is the long part of the first opening.
     """
 
     name: str
     loads: str
     missing: Callable[[], str | None]
     open: Callable[[Opening], Session]
-    has_providers: bool = False
+    units: Callable[[], Mapping[str, str]]
+    libraries: tuple[str, ...] = ()
 
 
 RUNTIMES: Registry[Runtime] = Registry(

@@ -6,9 +6,10 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Literal
 
-from vlmedge.errors import BundleError, MissingExtraError
+from vlmedge.errors import BundleError, MissingExtraError, RuntimeFailedError
 from vlmedge.runtimes import Opening, Runtime
 from vlmedge.session import Session
 
@@ -27,11 +28,27 @@ def missing() -> str | None:
     return known_failure()
 
 
+def units() -> Mapping[str, str]:
+    """The CPU, the GPUs that the installed build finds, and why the usual others are not there."""
+    from vlmedge.runtimes.llamacpp_units import devices, units_of, usual_units
+
+    if line := missing():
+        return dict.fromkeys(usual_units(), line)
+    from vlmedge.runtimes.llamacpp_native import load_native
+
+    try:
+        native = load_native()
+    except RuntimeFailedError as error:
+        return dict.fromkeys(usual_units(), str(error))
+    return units_of(devices(native.ggml), native.llama.llama_supports_gpu_offload())
+
+
 def open_session(opening: Opening) -> Session:
     """Open a GGUF bundle's folder.
 
     Raises MissingExtraError without llama-cpp-python, RuntimeFailedError where the installed build crashes on this
-    machine (tried once, in a child process), BundleError for files that are missing or damaged.
+    machine (tried once, in a child process) or the unit that is asked for cannot be used, UsageError for a unit that is
+    none, BundleError for files that are missing or damaged.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         raise MissingExtraError("running GGUF bundles", "llamacpp")
@@ -43,7 +60,12 @@ def open_session(opening: Opening) -> Session:
     check()
     kv_type: Literal["f16", "f32"] = "f32" if opening.kv_cache == "f32" else "f16"
     return LlamaCppSession(
-        opening.spec, opening.folder, threads=opening.threads, memory=opening.memory, kv_type=kv_type
+        opening.spec,
+        opening.folder,
+        threads=opening.threads,
+        memory=opening.memory,
+        kv_type=kv_type,
+        provider=opening.provider,
     )
 
 
@@ -56,4 +78,6 @@ def _install_line() -> str:
     return line
 
 
-RUNTIME = Runtime(name="llamacpp", loads="gguf", missing=missing, open=open_session)
+RUNTIME = Runtime(
+    name="llamacpp", loads="gguf", missing=missing, open=open_session, units=units, libraries=("llama_cpp",)
+)

@@ -9,17 +9,19 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vlmedge.errors import BundleError, ContextError, UnsupportedError
+from vlmedge.errors import BundleError, ContextError, RuntimeFailedError, UnsupportedError
 from vlmedge.runtimes import Memory
 from vlmedge.runtimes.llamacpp_native import Native
 from vlmedge.runtimes.llamacpp_tap import LastHiddenTap
+from vlmedge.runtimes.llamacpp_units import Device
 from vlmedge.session import F32, I32, Step
 from vlmedge.spec import DecoderSpec
 
 KvType = Literal["f16", "f32"]
 _GGML_TYPES = {"f16": 1, "f32": 0}
 _READ, _MAP = 0, 1  # llama_load_mode
-_FLASH_OFF = 0
+_FLASH_OFF, _FLASH_AUTO = 0, -1  # on CPUs it costs a third of the decode speed; elsewhere llama.cpp asks the device
+_ALL = -1  # layers on the device
 _SEQUENCE = 0
 
 
@@ -43,19 +45,27 @@ class Decoder:
         memory: Memory,
         kv_type: KvType,
         batch: int,
+        device: Device | None = None,
     ) -> None:
         """Load `path`. `batch`: the most positions of one native call, and so of one bidirectional block.
 
-        Raises BundleError where llama.cpp refuses the file, or where it is another model than `spec`.
+        `device`: what holds every layer and the KV cache, and computes them; None for the CPU. (The table of token
+        embeddings stays with the CPU, which looks rows up in it.)
+        Raises BundleError where llama.cpp refuses the file, or where it is another model than `spec`,
+        RuntimeFailedError where the device gets none of the weights.
         """
         self._native, self._llama, self._spec = native, native.llama, spec
         self._threads, self._kv_type, self._batch_size = threads, kv_type, batch
+        self._device = device
         self._tap = LastHiddenTap(native, spec.layers)
         self._tapped = False
         self._context: Any = None
+        native.log.weights.clear()
         self.model: Any = self._load(path, memory)
+        self.weights_mib = dict(native.log.weights)
         try:
             self._check(path)
+            self._check_device(path)
             self._open_context(tapped=False)
         except BaseException:
             self.close()
@@ -110,9 +120,12 @@ class Decoder:
             raise ValueError(f"inputs are ids [n] or embeddings [n, {self._spec.width}], n > 0; not {inputs.shape}")
 
     def _load(self, path: Path, memory: Memory) -> Any:
+        # The CPU's list is empty: with none, a build for GPUs would give them work as it sees fit.
+        self._chosen = self._device.listed() if self._device else (ctypes.c_void_p * 1)(None)
         params = self._native.fill(
             self._llama.llama_model_default_params(),
-            n_gpu_layers=0,
+            devices=ctypes.cast(self._chosen, ctypes.c_void_p),
+            n_gpu_layers=_ALL if self._device else 0,
             load_mode=_MAP if memory == "lean" else _READ,
             use_extra_bufts=memory == "fast",  # repacked for this processor: needs a copy, so nothing is mapped
         )
@@ -131,6 +144,16 @@ class Decoder:
                 f"{(spec.layers, spec.width, spec.vocab)}; export it again"
             )
 
+    def _check_device(self, path: Path) -> None:
+        """Compare the device that was asked for with where llama.cpp says that it put the weights, where it says so."""
+        if self._device is None or not self.weights_mib:
+            return
+        if not any(name.startswith(self._device.name) for name in self.weights_mib):
+            raise RuntimeFailedError(
+                f"{path} was to run on {self._device.name} ({self._device.unit}), but llama.cpp put the weights into "
+                f"{', '.join(self.weights_mib)}: use the unit cpu"
+            )
+
     def _open_context(self, *, tapped: bool) -> None:
         llama = self._llama
         params = self._native.fill(
@@ -141,11 +164,11 @@ class Decoder:
             n_seq_max=1,
             n_threads=self._threads,
             n_threads_batch=self._threads,
-            flash_attn_type=_FLASH_OFF,  # on CPUs it costs a third of the decode speed
+            flash_attn_type=_FLASH_OFF if self._device is None else _FLASH_AUTO,
             type_k=_GGML_TYPES[self._kv_type],
             type_v=_GGML_TYPES[self._kv_type],
-            offload_kqv=False,
-            op_offload=False,
+            offload_kqv=self._device is not None,
+            op_offload=self._device is not None,
             no_perf=True,
         )
         if tapped:

@@ -1,8 +1,9 @@
-"""llama-cpp-python's low-level bindings, silenced, with the last lines that the libraries wrote kept for errors."""
+"""llama-cpp-python's low-level bindings, silenced; of what they write, errors and where weights lie are kept."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,17 +15,25 @@ from vlmedge.runtimes.ggml_library import Ggml, load_ggml
 
 _WARNING = 3  # ggml_log_level: debug, info, warning, error; continuation lines have 5
 _CONTINUED = 5
+_WEIGHTS = re.compile(rb"(\S+) model buffer size = +([\d.]+) MiB")  # llama-model.cpp, load_tensors
 
 
 class NativeLog:
-    """Takes what the libraries would print; `lines` are the last warnings and errors."""
+    """Takes what the libraries would print; `lines` are the last warnings and errors.
+
+    `weights`: MiB of weights by buffer ("CPU", "CUDA0", ...), of the models that were loaded since it was cleared.
+    """
 
     def __init__(self) -> None:
         self.lines: deque[str] = deque(maxlen=6)
+        self.weights: dict[str, float] = {}
         self._keep = False
 
     def take(self, level: int, text: bytes, _user: int | None) -> None:
         """One log event; the libraries call this, and must never see an exception."""
+        if text and (found := _WEIGHTS.search(text)):
+            name = found[1].decode("utf-8", "replace")
+            self.weights[name] = self.weights.get(name, 0.0) + float(found[2])
         if level != _CONTINUED:
             self._keep = level in (_WARNING, _WARNING + 1)
         if self._keep and text and (line := text.decode("utf-8", "replace").strip()):

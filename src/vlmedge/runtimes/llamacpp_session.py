@@ -15,8 +15,10 @@ from vlmedge.runtimes.ggml_matmul import GgmlMatmuls
 from vlmedge.runtimes.llamacpp_decoder import Decoder, KvType
 from vlmedge.runtimes.llamacpp_heads import Projector, RegionHeads
 from vlmedge.runtimes.llamacpp_native import load_native
+from vlmedge.runtimes.llamacpp_units import Device, choose_device, devices
 from vlmedge.runtimes.llamacpp_vision import VisionTower
 from vlmedge.runtimes.native_thread import natively
+from vlmedge.runtimes.units import CPU
 from vlmedge.session import F32, I32, U8, Grid, Step
 from vlmedge.spec import ModelSpec
 
@@ -43,19 +45,24 @@ class LlamaCppSession:
         threads: int | None = None,
         memory: Memory = "fast",
         kv_type: KvType = "f16",
+        provider: str | None = None,
     ) -> None:
         """Open the bundle's files. `threads`: None for the physical cores.
 
+        `provider`: the unit that computes tower and decoder, None for the CPU. Projector, embeddings and region heads,
+        which stock llama.cpp has no place for, are always the CPU's.
+
         `memory`: "fast" reads the decoder's weights into the layout that computes fastest; "lean" maps the file, and
         holds the tower (which mtmd cannot map) only while it encodes.
-        Raises BundleError for a file that is missing, truncated or of another model, RuntimeFailedError where
-        the native library fails.
+        Raises BundleError for a file that is missing, truncated or of another model, UsageError for a unit that is
+        none, RuntimeFailedError for one that cannot be used here or where the native library fails.
         """
         self._spec, self._memory, self._kv_type = spec, memory, kv_type
         self._threads = threads or physical_cores()
         text, mmproj = GgufFile(text_file(folder)), GgufFile(folder / "mmproj.gguf")
         heads = GgufFile(folder / "heads.gguf") if spec.region or spec.projector.joins_global else None
         self._native = load_native()
+        self._device = self._find_device(provider)
         with ExitStack() as opened:
             self._matmuls = GgmlMatmuls(self._native.ggml, self._threads)
             opened.callback(self._matmuls.close)
@@ -129,8 +136,16 @@ class LlamaCppSession:
         self._decoder.rewind(position)
 
     def info(self) -> dict[str, Any]:
-        """Versions, threads, memory mode, and llama.cpp's line about the build and the processor."""
+        """Versions, threads, memory mode, llama.cpp's line about the build and the processor, and what computes where.
+
+        `unit` computes tower and decoder. `weights_mib`: where llama.cpp put the decoder's weights, by its own account.
+        """
+        unit = self._device.unit if self._device else CPU
         return {
+            "unit": unit,
+            "device": f"{self._device.name} ({self._device.description})" if self._device else CPU,
+            "computes": {"tower": unit, "decoder": unit, "projector": CPU, "embeddings": CPU, "region heads": CPU},
+            "weights_mib": dict(self._decoder.weights_mib),
             "llama_cpp_python": self._native.version,
             "system": self._native.llama.llama_print_system_info().decode(),
             "threads": self._threads,
@@ -147,7 +162,14 @@ class LlamaCppSession:
             raise ValueError("this session is closed")
 
     def _open_tower(self) -> VisionTower:
-        return VisionTower(self._native, self._mmproj, self._decoder.model, self._spec.vision, self._threads)
+        return VisionTower(
+            self._native, self._mmproj, self._decoder.model, self._spec.vision, self._threads, self._device
+        )
+
+    def _find_device(self, wanted: str | None) -> Device | None:
+        if wanted in (None, CPU):
+            return None
+        return choose_device(devices(self._native.ggml), self._native.llama.llama_supports_gpu_offload(), wanted)
 
     def _open_decoder(self, path: Path) -> Decoder:
         spec = self._spec
@@ -160,4 +182,5 @@ class LlamaCppSession:
             memory=self._memory,
             kv_type=self._kv_type,
             batch=min(spec.decoder.context, max(_BATCH, whole_picture)),
+            device=self._device,
         )

@@ -7,6 +7,7 @@ and calls again with the data there. Returning false then ends the computation w
 from __future__ import annotations
 
 import ctypes
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vlmedge.session import F32
 
 _NAME = GgmlTensor.name.offset
 _SECOND_SOURCE = GgmlTensor.src.offset + ctypes.sizeof(ctypes.c_void_p)
+_PATCHES = re.compile(rb"(?:[^#]*#)?patches(?:#\d+)?")
 
 
 class Tap:
@@ -75,12 +77,13 @@ class LastHiddenTap(Tap):
 class TowerTap(Tap):
     """All rows of a vision tower, before its projector: the rows gathered by the input named `patches`.
 
-    It ends the graph there: the projector of stock llama.cpp is not computed.
+    It ends the graph there: the projector of stock llama.cpp is not computed. On a GPU the scheduler makes a copy of
+    each input, which it names after the device: "CUDA0#patches#0" (ggml-backend.cpp, ggml_backend_sched_split_graph).
     """
 
     def _on_node(self, tensor: int, ask: bool, _user: Any) -> bool:
         if ask:
             source = ctypes.c_void_p.from_address(tensor + _SECOND_SOURCE).value
-            return source is not None and ctypes.string_at(source + _NAME, 8) == b"patches\0"
+            return source is not None and bool(_PATCHES.fullmatch(ctypes.string_at(source + _NAME)))
         self._read(tensor, last_only=False)
         return False

@@ -12,6 +12,7 @@ import numpy as np
 from vlmedge.errors import BundleError, RuntimeFailedError
 from vlmedge.runtimes.llamacpp_native import Native
 from vlmedge.runtimes.llamacpp_tap import TowerTap
+from vlmedge.runtimes.llamacpp_units import Device
 from vlmedge.session import F32, U8
 from vlmedge.spec import VisionSpec
 
@@ -21,13 +22,19 @@ _IMAGE = 1  # mtmd_input_chunk_type
 class VisionTower:
     """mtmd with a tap; one stock `mmproj.gguf` serves stock apps and this."""
 
-    def __init__(self, native: Native, path: Path, model: Any, spec: VisionSpec, threads: int) -> None:
-        """Load the tower of `path` for the text model `model`; raises BundleError where mtmd refuses the file."""
+    def __init__(
+        self, native: Native, path: Path, model: Any, spec: VisionSpec, threads: int, device: Device | None = None
+    ) -> None:
+        """Load the tower of `path` for the text model `model`; raises BundleError where mtmd refuses the file.
+
+        `device`: None for the CPU. mtmd fails where it cannot start the device, and takes no other.
+        """
         self._native, self._spec = native, spec
         self._tap = TowerTap(native)
         params = native.fill(
             native.mtmd.mtmd_context_params_default(),
-            use_gpu=False,
+            use_gpu=device is not None,
+            device=device.handle if device else None,
             print_timings=False,
             n_threads=threads,
             warmup=False,  # a whole crop, for nothing: buffers are reserved at the first picture

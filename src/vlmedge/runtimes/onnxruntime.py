@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 from vlmedge.errors import BundleError, MissingExtraError, RuntimeFailedError
 from vlmedge.runtimes import Opening, Runtime
@@ -26,11 +27,19 @@ def missing() -> str | None:
     return None
 
 
+def units() -> Mapping[str, str]:
+    """The execution providers of the installed ONNX Runtime and the usual others; see `ort_units.ort_units`."""
+    from vlmedge.runtimes.ort_units import ort_units, usual_units
+
+    line = missing()
+    return dict.fromkeys(usual_units(), line) if line else ort_units()
+
+
 def open_session(opening: Opening) -> Session:
     """Open an ONNX bundle's folder.
 
-    Raises MissingExtraError without ONNX Runtime, RuntimeFailedError for one that is too old, UsageError for a
-    provider that it does not have, BundleError for files that are missing or damaged.
+    Raises MissingExtraError without ONNX Runtime, RuntimeFailedError for one that is too old or a unit that cannot
+    be used here, UsageError for a unit that is none, BundleError for files that are missing or damaged.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtraError("running ONNX bundles", "onnxruntime")
@@ -50,4 +59,6 @@ def open_session(opening: Opening) -> Session:
     )
 
 
-RUNTIME = Runtime(name="onnxruntime", loads="onnx", missing=missing, open=open_session, has_providers=True)
+RUNTIME = Runtime(
+    name="onnxruntime", loads="onnx", missing=missing, open=open_session, units=units, libraries=("onnxruntime",)
+)

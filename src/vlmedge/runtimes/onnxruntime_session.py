@@ -11,9 +11,10 @@ from vlmedge.errors import UnsupportedError
 from vlmedge.runtimes import Memory
 from vlmedge.runtimes.cores import physical_cores
 from vlmedge.runtimes.ort_decoder import Decoder
-from vlmedge.runtimes.ort_engine import CPU, Engine, choose_provider
+from vlmedge.runtimes.ort_engine import Engine
 from vlmedge.runtimes.ort_prepacked import PrepackedGraphs
 from vlmedge.runtimes.ort_stages import HEADS, Embedding, RegionHeads, VisionTower
+from vlmedge.runtimes.ort_units import CPU, choose_provider
 from vlmedge.session import F32, I32, U8, Grid, Step
 from vlmedge.spec import ModelSpec
 
@@ -38,7 +39,8 @@ class OnnxSession:
         `memory`: "fast" holds every matrix in the layout that computes fastest; "lean" opens the tower and the
         projection only while they compute and, where `cache` names a folder for files of this machine, maps a copy
         of the decoder in that layout, which is written there when the bundle is first opened.
-        Raises BundleError for a file that is missing, damaged or of another model, UsageError for an unknown provider.
+        Raises BundleError for a file that is missing, damaged or of another model, UsageError for an unknown provider,
+        RuntimeFailedError for one that cannot be used here or would leave most of a graph to the CPU.
         """
         self._spec, self._memory = spec, memory
         self._engine = engine = Engine(choose_provider(provider), threads or physical_cores())
@@ -102,8 +104,11 @@ class OnnxSession:
         self._decoder.rewind(position)
 
     def info(self) -> dict[str, Any]:
-        """Version, execution provider, threads, memory mode, the KV cache's type, the graphs' flavour."""
-        return dict(self._info)
+        """Version, unit, execution provider, threads, memory mode, the KV cache's type and place, the graphs' flavour.
+
+        `on_cpu`: by file, the operators that ONNX Runtime left to the CPU though another unit was asked for, in words.
+        """
+        return self._info | {"on_cpu": dict(self._engine.on_cpu)}
 
     def close(self) -> None:
         """Free every graph and the KV cache; may be called again."""
@@ -120,10 +125,12 @@ class OnnxSession:
 
         return {
             "onnxruntime": onnxruntime.__version__,
+            "unit": self._engine.unit,
             "provider": self._engine.provider,
             "threads": self._engine.threads,
             "memory": self._memory,
             "decoder": "mapped" if mapped else "held",
             "kv_cache": self._decoder.properties.get("vlmedge.kv_type", "f32"),
+            "kv_cache_in": self._decoder.memory,
             "flavour": "portable" if self._decoder.growing else "ort",
         }

@@ -41,6 +41,7 @@ class Decoder:
         with self._weights.watched():
             session = opener.open(path, spinning=True)
         slots = _checked_slots(session, path, spec)
+        self._place = slots[0].place[0] if slots else "cpu"
         self.properties: dict[str, str] = dict(session.get_modelmeta().custom_metadata_map)
         self._kv = self._cache(slots)
         with loading(path):
@@ -53,6 +54,11 @@ class Decoder:
             with loading(prefill):
                 self._prefill = DecoderGraph(session, self._kv, spec, memory)
         self.position = 0
+
+    @property
+    def memory(self) -> str:
+        """The memory that holds keys and values: "cpu", "cuda", ..."""
+        return self._place
 
     @property
     def growing(self) -> bool:

@@ -11,10 +11,12 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from vlmedge.errors import RuntimeFailedError
 from vlmedge.runtimes.ort_engine import InferenceSession
 
 IOBinding: TypeAlias = Any  # onnxruntime has no types
 OrtValue: TypeAlias = Any
+Place: TypeAlias = tuple[str, int]
 PAST, PRESENT = "past_key_values.", "present."
 TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -22,28 +24,48 @@ TYPES: dict[str, type[np.generic]] = {
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
 }
+_PLACES = {"Cpu": "cpu", "Cuda": "cuda", "CudaPinned": "cpu", "DML": "dml"}
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Keys or values of one layer: the input's and output's names, [1, heads, positions, head_dim], the type."""
+    """Keys or values of one layer: the input's and output's names, [1, heads, positions, head_dim], the type.
+
+    `place`: the memory in which the graph reads them, as (ONNX Runtime's word for it, number).
+    """
 
     past: str
     present: str
     heads: int
     head_dim: int
     dtype: type[np.generic]
+    place: Place = ("cpu", 0)
 
 
 def slots_of(session: InferenceSession) -> list[Slot]:
-    """The inputs of a decoder's graph that hold keys and values; raises ValueError for one of another kind."""
-    return [_slot(node) for node in session.get_inputs() if node.name.startswith(PAST)]
+    """The inputs of a decoder's graph that hold keys and values; raises ValueError for one of another kind.
+
+    Raises RuntimeFailedError where they lie in a memory that this program cannot give to ONNX Runtime.
+    """
+    nodes = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+    return [_slot(node, _place(memory)) for node, memory in nodes if node.name.startswith(PAST)]
 
 
-def _slot(node: Any) -> Slot:
+def _slot(node: Any, place: Place) -> Slot:
     if node.type not in TYPES or len(node.shape) != 4:
         raise ValueError(f"its input {node.name} is {node.type} {node.shape}, which cannot be keys or values")
-    return Slot(node.name, PRESENT + node.name.removeprefix(PAST), node.shape[1], node.shape[3], TYPES[node.type])
+    present = PRESENT + node.name.removeprefix(PAST)
+    return Slot(node.name, present, node.shape[1], node.shape[3], TYPES[node.type], place)
+
+
+def _place(memory: Any) -> Place:
+    """ONNX Runtime's name of an allocator (allocator.h) as what `OrtDevice.make` takes."""
+    if memory.name not in _PLACES:
+        raise RuntimeFailedError(
+            f"ONNX Runtime keeps keys and values in '{memory.name}' memory, which this version of vlmedge cannot "
+            "bind: use the unit cpu"
+        )
+    return _PLACES[memory.name], int(memory.device_id)
 
 
 def zero_pages(shape: tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[np.generic]:
@@ -71,7 +93,8 @@ class SharedKv:
     """One buffer of `context` positions per slot, past and present at once: nothing is copied, a rewind is free.
 
     `quantized`: the graph gives the first positions of an empty cache as fresh outputs (it computes them unquantized),
-    which are copied to the front once.
+    which are copied to the front once. The buffers lie where the graph reads them: a past in another memory would be
+    copied when it is bound, once, and what the graph appends to the present would never be seen.
     """
 
     def __init__(self, slots: Sequence[Slot], context: int, quantized: bool) -> None:
@@ -79,7 +102,8 @@ class SharedKv:
 
         self._slots, self._quantized = slots, quantized
         self._buffers = [zero_pages((1, s.heads, context, s.head_dim), s.dtype) for s in slots]
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(buffer) for buffer in self._buffers]
+        value = onnxruntime.OrtValue.ortvalue_from_numpy  # the buffer itself on a CPU, elsewhere a copy of it
+        self._values = [value(buffer, *slot.place) for buffer, slot in zip(self._buffers, slots, strict=True)]
         self._in_place: dict[IOBinding, bool] = {}
 
     def bind(self, io: IOBinding, start: int) -> None:
@@ -99,8 +123,10 @@ class SharedKv:
         """Copy fresh outputs to the front of the buffers; a call in place leaves nothing to do."""
         if self._in_place[io]:
             return
-        for buffer, value in zip(self._buffers, io.get_outputs(), strict=False):
-            buffer[:, :, :count] = value.numpy()
+        for slot, buffer, value, fresh in zip(self._slots, self._buffers, self._values, io.get_outputs(), strict=False):
+            buffer[:, :, :count] = fresh.numpy()
+            if slot.place[0] != "cpu":
+                value.update_inplace(buffer)
         self.bind(io, start + count)  # lets go of the outputs
 
 
@@ -117,7 +143,7 @@ class GrowingKv:
         self._cut(start)
         for slot, value in zip(self._slots, self._values, strict=True):
             io.bind_ortvalue_input(slot.past, value)
-            io.bind_output(slot.present, "cpu")
+            io.bind_output(slot.present, *slot.place)  # where the next call reads it
 
     def collect(self, io: IOBinding, start: int, count: int) -> None:
         """Keep the presents, and let go of the pasts."""

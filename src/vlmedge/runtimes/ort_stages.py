@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import numpy as np
 from vlmedge import imaging
 from vlmedge.errors import BundleError
 from vlmedge.runtimes import Memory
-from vlmedge.runtimes.ort_engine import CPU, Engine, InferenceSession
+from vlmedge.runtimes.ort_engine import Engine, InferenceSession
 from vlmedge.runtimes.ort_errors import computing
+from vlmedge.runtimes.ort_units import CPU
 from vlmedge.session import F32, I32, U8, Grid
 from vlmedge.spec import ModelSpec
 
@@ -81,7 +83,7 @@ class Embedding:
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         """Open the file; a gather needs one thread only."""
-        self._session = Engine(engine.provider, 1).open(folder / "embed_tokens.onnx")
+        self._session = replace(engine, threads=1).open(folder / "embed_tokens.onnx")
 
     def rows(self, ids: I32) -> F32:
         """int32 [n] -> float32 [n, width]."""

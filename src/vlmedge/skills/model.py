@@ -169,6 +169,20 @@ class Model:
         out["logits"] = np.concatenate(logits)
         return out
 
+    def follow(self, image: PictureLike, question: str | None, tokens: Sequence[int]) -> F32:
+        """Logits float32 [len(tokens), vocab] before each of `tokens`, fed one by one as an answer to the question.
+
+        `question` None: a caption. Banned tokens have -inf, as where an answer is chosen. It shows how a model goes on
+        from another's words, so one early difference does not hide what comes after it.
+        """
+        name, skill = ("query", "query") if question is not None else ("caption/normal", "caption")
+        request = self._begin(skill, name, [image], question=question or "")
+        rows = [self._conversation.ask(request.parts).logits]
+        rows += [self._conversation.ask([(int(token),)]).logits for token in tokens[:-1]]
+        out = np.stack(rows)
+        out[1:, list(self.spec.prompt.banned)] = -np.inf
+        return out
+
     # ---- inside -----------------------------------------------------------------------------------------------
 
     def _begin(
@@ -183,16 +197,17 @@ class Model:
         eye: tuple[float, float] | None = None,
     ) -> Request:
         clock = Clock()
-        segments = prompt.render(
-            self.spec.prompt,
-            name,
-            self.tokenizer,
-            pictures=len(images),
-            question=question,
-            thing=thing,
-            references=references,
-            eye=eye,
-        )
+        with clock.stage("tokenize"):
+            segments = prompt.render(
+                self.spec.prompt,
+                name,
+                self.tokenizer,
+                pictures=len(images),
+                question=question,
+                thing=thing,
+                references=references,
+                eye=eye,
+            )
         cut = 1 + max((i for i, s in enumerate(segments) if isinstance(s, PictureSpan)), default=-1)
         counts = _positions(segments, self.spec.image_tokens)
         self._conversation.check(sum(counts), "the picture and the prompt" if images else "the prompt")
@@ -205,8 +220,9 @@ class Model:
         return Request(self.spec, self.tokenizer, self._conversation, skill, clock, rest, *counts, crops)
 
     def _picture(self, image: PictureLike, clock: Clock) -> tuple[Embedded, int]:
-        with clock.stage("preprocess"):
+        with clock.stage("image"):
             pixels = picture.load_picture(image)
+        with clock.stage("preprocess"):
             key = picture.digest(pixels)
         if key in self._encoded:
             self._encoded.move_to_end(key)

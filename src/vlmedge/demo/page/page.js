@@ -7,7 +7,7 @@ const WORDS = {
   detect: { name: "Detect", label: "What to find", button: "Find", example: "cup" },
   point: { name: "Point", label: "What to point at", button: "Point", example: "cup" },
 };
-const STAGES = ["preprocess", "vision", "project", "prefill", "prompt", "decode"];
+const STAGES = ["image", "preprocess", "vision", "project", "prefill", "prompt", "decode"];
 const LINE = "#ffd600", EDGE = "#000";
 let about;
 let picture = null; // { name, file }: a shipped picture's name, or a file of the user's
