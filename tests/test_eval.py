@@ -24,8 +24,8 @@ from vlmedge.evaluation.dataset import open_dataset
 from vlmedge.evaluation.evaluate import Settings, evaluate
 from vlmedge.evaluation.job import Shard, answer, todo
 from vlmedge.evaluation.question import Picture, Question
-from vlmedge.subject import fingerprint
 from vlmedge.progress import Progress
+from vlmedge.subject import fingerprint
 
 SOURCE = "demo:moondream2"
 ONE = Settings(threads=1)

@@ -20,9 +20,9 @@ from vlmedge.evaluation import cluster
 from vlmedge.evaluation.dataset import DEMO, open_dataset
 from vlmedge.evaluation.evaluate import evaluate
 from vlmedge.evaluation.job import Shard, Task, opened, run_here
-from vlmedge.subject import fingerprint
 from vlmedge.pipeline import export
 from vlmedge.progress import Progress
+from vlmedge.subject import fingerprint
 
 PICTURES = 12
 STORE = 80 * 2**20  # bytes of shared memory a node

@@ -14,10 +14,13 @@ from tests.browser import chromium
 from vlmedge.parity import markdown, page
 from vlmedge.parity.report import SCHEMA, Report, StageResult, TokenResult
 from vlmedge.webpage import plot
+from vlmedge.webpage.curves import Curve, curves
 from vlmedge.webpage.markup import Html, element
 from vlmedge.webpage.numbers import number, share, size
-from vlmedge.webpage.page import card, document, section
-from vlmedge.webpage.scale import log_axis
+from vlmedge.webpage.page import document, section
+from vlmedge.webpage.scale import linear_axis, log_axis
+from vlmedge.webpage.scatter import Point, scatter
+from vlmedge.webpage.strips import Strip, strips
 
 HOSTILE = "</title></style><script>alert(1)</script><img src=x onerror=alert(1)>'\"&\x00\ud800|`*[a](b)"
 LONG = "moondream2-2025-06-21-" + "w8a8-kv8-with-a-name-that-never-ends-" * 4 + ".onnx"
@@ -220,6 +223,49 @@ def test_an_axis_holds_its_values(values):
         assert (axis.low, axis.high, axis.place(1e-3)) == (-5, 0, pytest.approx(0.4))
 
 
+@pytest.mark.parametrize(
+    ("values", "zero", "names"),
+    [
+        ((), True, ["0", "0.5", "1"]),
+        ((7.0,), True, ["0", "2", "4", "6", "8"]),
+        ((0.0,), True, ["0", "0.5", "1"]),
+        ((97.2, 100.0), False, ["97", "98", "99", "100"]),
+        ((5.0, 5.0), False, ["0", "5", "10"]),
+        ((-3e-7, 4e-7, math.nan), True, ["-4e-7", "-2e-7", "0", "2e-7", "4e-7"]),
+        ((15_500.0, math.inf), True, ["0", "5,000", "10,000", "15,000", "20,000"]),
+    ],
+)
+def test_a_linear_axis_ends_at_round_numbers(values, zero, names):
+    axis = linear_axis(values, zero=zero)
+    assert [name for name, _ in axis.marks()] == names
+    assert [place for _, place in axis.marks()] == pytest.approx([i / (len(names) - 1) for i in range(len(names))])
+    assert all(0 <= axis.place(v) <= 1 for v in (*values, -1e9, 1e9))
+    assert len(axis.marks()) <= 6
+
+
+def fields():
+    """Points that crowd, a curve of one point, dots beyond the scale, and names that never end."""
+    crowd = [Point(str(i + 1), 1.0 + i % 3 / 1e3, 2.0, i / 20, "bad" if i % 5 else "plain", LONG) for i in range(20)]
+    crowd += [Point("21", 12_345.0, 98_765.0, 1.0, "plain", HOSTILE)]
+    x, y = linear_axis(p.x for p in crowd), linear_axis(p.y for p in crowd)
+    lines = [Curve(LONG, ((0.0, 1.0), (30.0, 0.2))), Curve("one", ((3.0, 0.5),)), Curve("none", ())]
+    times, rates = linear_axis([0.0, 30.0]), linear_axis([1.0], unit=" %")
+    rows = [Strip(LONG, ((-90.0, 0.0, 1.0), (), (2.0,)), "4 samples"), Strip("empty", (), "none")]
+    yield plot.figure("Points", LONG, scatter(crowd, x, y, (LONG, HOSTILE), "points", "a crowd"))
+    yield plot.figure("Curves", "by time", curves(lines, times, rates, ("minute", "rate"), "curves", "two lines"))
+    yield plot.figure("Strips", "dots", strips(rows, linear_axis([-5.0, 5.0], unit=" %"), "strips", "dots", 0.0))
+    yield plot.figure("Nothing", "at all", scatter([], x, y, ("x", "y"), "nothing", ""))
+
+
+def test_a_crowd_keeps_the_keys_that_have_room():
+    first, second, third, _ = map(read, map(str, fields()))
+    assert 5 < sum(text.isdigit() for text in first.text) < 21 + 12
+    assert "rotate" not in "".join(str(v) for _, v in first.attributes)
+    assert next(v for k, v in second.attributes if k == "points").count(",") == 2
+    dots = [v for k, v in third.attributes if k == "d"]
+    assert sorted(d.count("M") for d in dots) == [1, 1, 2]  # one is far out, and has the colour of a warning
+
+
 def stacked():
     names = ("load", "vision", "project", "prefill", "decode", "rest", "more")
     rows = [plot.Stack("original", tuple((n, 1.0 + i) for i, n in enumerate(names)), "28 s")]
@@ -290,7 +336,7 @@ def written(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
     for name, report in REPORTS.items():
         (folder / f"{name}.html").write_text(page.render(report), encoding="utf-8")
-    blocks = document("Blocks", Html("<h1>Blocks</h1>"), section("Stacks", *stacked()), card("text"))
+    blocks = document("Blocks", Html("<h1>Blocks</h1>"), section("Stacks", *stacked()), section("More", *fields()))
     (folder / "blocks.html").write_text(blocks, encoding="utf-8")
     return folder
 

@@ -1,1 +1,1 @@
-"""What records say: medians with intervals, tables, one HTML page, and the comparison of two runs."""
+"""What a run's records say: statistics, tables, a page with plots, and one run beside another."""

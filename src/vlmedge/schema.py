@@ -58,7 +58,7 @@ def _record(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
             "description": " ".join((cls.__doc__ or "").split()),
             "type": "object",
             "properties": {"kind": {"const": name}, **fields},
-            "required": ["kind", *fields],
+            "required": list(dict.fromkeys(("kind", *fields))),
             "additionalProperties": False,
         }
     return {"$ref": f"#/$defs/{name}"}

@@ -1,4 +1,4 @@
-"""What the web tests and the measurement share: npm packages, a loopback server, jobs for the page and native runs."""
+"""What the web tests share: npm packages, a loopback server, jobs for the page and native runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmedge import imaging
+from vlmedge.device_bench.hosts.served import PAGE
 from vlmedge.loading import load
 from vlmedge.picture import load_picture
 from vlmedge.prompt import TokenRun, render
 from vlmedge.skills import Model
 
 WEB = Path(__file__).parent
+DRIVER = "driver.mjs"  # the page's of the benchmark
 MODULES = WEB / "node_modules"
 MAX_TOKENS = 40
 LENGTHS = ("short", "normal", "long")
@@ -36,7 +38,7 @@ def install() -> None:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Files of tests/web, and of the folders under `mounts`; no log."""
+    """Files of tests/web, the driver, and of the folders under `mounts`; no log."""
 
     mounts: dict[str, Path]
     isolated: bool
@@ -44,6 +46,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def translate_path(self, path: str) -> str:
         first, _, rest = path.partition("?")[0].lstrip("/").partition("/")
+        if first == DRIVER:
+            return str(PAGE / DRIVER)
         if first in self.mounts:
             return str(self.mounts[first] / rest)
         return super().translate_path(path)
@@ -84,7 +88,7 @@ class Asked:
     words: str
 
 
-def ask(bundle: Path, picture: Path, question: str, folder: Path, *, threads: int = 1, rounds: int = 1) -> Asked:
+def ask(bundle: Path, picture: Path, question: str, folder: Path, *, threads: int = 1) -> Asked:
     """Run natively what the page will run; write the picture's crops to `folder`/pixels."""
     with load(bundle, threads=threads) as model:
         crops = imaging.crop(load_picture(picture), model.spec.image)
@@ -106,7 +110,6 @@ def ask(bundle: Path, picture: Path, question: str, folder: Path, *, threads: in
         "question": question,
         "maxTokens": MAX_TOKENS,
         "threads": threads,
-        "rounds": rounds,
     }
     return Asked(job, [list(a.tokens) for a in (first, *captions)], list(alone.tokens), first.text)
 

@@ -5,44 +5,24 @@ import { openModel, originalBans, pictureCache, promptInputs } from "./transform
 
 const MODULES = `${location.origin}/node_modules`;
 
-/** {bundle, pixels, crops, tiling, bos, prompts, text, maxTokens, threads, rounds} -> tokens and ms per stage. */
+/** {bundle, pixels, crops, tiling, bos, prompts, text, maxTokens, threads} -> tokens. */
 window.driverRun = async (job) => {
   const ort = await import(`${MODULES}/onnxruntime-web/dist/ort.wasm.min.mjs`);
   ort.env.wasm.wasmPaths = `${MODULES}/onnxruntime-web/dist/`;
   ort.env.wasm.numThreads = job.threads;
-  const times = {};
-  const timed = async (stage, work) => {
-    const start = performance.now();
-    const result = await work();
-    (times[stage] ??= []).push(performance.now() - start);
-    return result;
-  };
-  const model = await timed("load", () => openBundle(ort, job.bundle));
-  const pixels = await fetchPixels(job.pixels);
-  const ask = async (prompt) => {
-    const logits = await timed("prompt", () => model.append(prompt));
-    const started = performance.now();
-    const ids = await model.generate(logits, { maxTokens: job.maxTokens });
-    if (ids.length > 1) (times.token ??= []).push((performance.now() - started) / (ids.length - 1));
-    return ids;
-  };
+  const model = await openBundle(ort, job.bundle);
+  const ask = async (prompt) => model.generate(await model.append(prompt), { maxTokens: job.maxTokens });
   const empty = model.state;
-  let picture;
-  for (let round = 0; round < job.rounds; round++) {
-    model.state = empty;
-    const features = await timed("vision", () => model.vision(pixels, job.crops));
-    const rows = await timed("project", () => model.project(features, job.tiling));
-    await timed("prefill", async () => model.forward(concat(await model.embed([job.bos]), rows)));
-    const kept = model.state;
-    picture = [];
-    for (const prompt of job.prompts) {
-      model.state = kept;
-      picture.push(await ask(prompt));
-    }
+  const rows = await model.project(await model.vision(await fetchPixels(job.pixels), job.crops), job.tiling);
+  await model.forward(concat(await model.embed([job.bos]), rows));
+  const kept = model.state;
+  const picture = [];
+  for (const prompt of job.prompts) {
+    model.state = kept;
+    picture.push(await ask(prompt));
   }
   model.state = empty;
-  const text = await ask(job.text);
-  return { picture, text, times, isolated: crossOriginIsolated, version: ort.env.versions.web };
+  return { picture, text: await ask(job.text), isolated: crossOriginIsolated, version: ort.env.versions.web };
 };
 
 /** The same through transformers.js; `build`: which WASM file, ".asyncify" is its default. */

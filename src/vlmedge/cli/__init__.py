@@ -20,6 +20,8 @@ VERBS = {
     "verify": "vlmedge.cli.verify:command",
     "selftest": "vlmedge.cli.selftest:command",
     "eval": "vlmedge.cli.eval:command",
+    "bench": "vlmedge.cli.bench:command",
+    "fit": "vlmedge.cli.fit:command",
     "plan": "vlmedge.cli.plan:command",
     "inspect": "vlmedge.cli.inspect:command",
     "models": "vlmedge.cli.models:command",

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any
 
 from vlmedge import __version__, errors
-from vlmedge.errors import MissingExtraError, RuntimeFailedError, UsageError, VlmedgeError
+from vlmedge.errors import RuntimeFailedError, UsageError, VlmedgeError
 from vlmedge.evaluation.dataset import DEMO, open_dataset
 from vlmedge.evaluation.job import Shard, Task, answer, opened, todo
 from vlmedge.evaluation.row import Row, read_row
 from vlmedge.families import known_models
 from vlmedge.loading import names_bundle
 from vlmedge.progress import Progress
+from vlmedge.raycluster import NOBODY, Errand, Ray, check_file, connected, cpus, errand, failed, nodes, one_line
 from vlmedge.records import decode
 from vlmedge.skills import Model
 from vlmedge.sources import DEMO as DEMO_SOURCE
@@ -29,20 +26,6 @@ QUESTIONS = 32  # of a part: what a dead machine costs at most; opening the mode
 THREADS = 4  # of a part, unless the user says otherwise: a copy of the model for so many cores
 RETRIES = 5  # of a part whose process or machine died; one that kills its process is not tried for ever
 PATIENCE = 10.0  # seconds without an answer before the nodes are counted
-ANSWERS = 10.0  # seconds that an address has to accept a connection
-
-# Ray reports usage and copies a `uv run` project to the workers unless told; and it asks a port that is no Ray's
-# 20 times for 40 s each.
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_NUM_REDIS_GET_RETRIES": "1",
-}
-_ADDRESS = re.compile(r"(ray://)?(\[[0-9a-fA-F:]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
-
-Ray: TypeAlias = Any  # the module: it is optional, and without types
-# (this vlmedge's version, the shard as JSON, ids that are answered) -> `answer_part`'s JSON.
-Errand: TypeAlias = Callable[[str, str, list[str]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +50,13 @@ def run(tasks: list[Task], progress: Progress, *, address: str) -> None:
     RuntimeFailedError for a cluster that cannot be reached or a part that was lost six times, and what
     `job.answer` raised on a node. What was emitted before is kept.
     """
-    with _connected(address) as ray:
-        cpus = _cpus(ray)
-        threads = _threads(tasks, cpus)
-        slots = sum(cpu // threads for cpu in cpus)
-        errand = ray.remote(num_cpus=threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(_errand())
+    with connected(address, "docs/eval.md") as ray:
+        offered = _cpus(ray)
+        threads = _threads(tasks, offered)
+        slots = sum(cpu // threads for cpu in offered)
+        remote = ray.remote(num_cpus=threads, max_retries=RETRIES, scheduling_strategy="SPREAD")(_errand())
         parts = [part for task in tasks for part in split(task, threads, slots)]
-        sent = {errand.remote(__version__, json.dumps(asdict(p.shard)), p.done): p for p in parts}
+        sent = {remote.remote(__version__, json.dumps(asdict(p.shard)), p.done): p for p in parts}
         try:
             _collect(ray, sent, threads, progress)
         finally:
@@ -113,7 +96,7 @@ def answer_part(shard: str, done: list[str]) -> str:
         _check_files(asked)
         answer(asked, frozenset(done), rows.append, opener=_kept)
     except VlmedgeError as error:
-        return json.dumps({"error": type(error).__name__, "text": f"on the node {socket.gethostname()}: {error}"})
+        return failed(error)
     return json.dumps({"rows": [row.as_dict() for row in rows]})
 
 
@@ -139,84 +122,24 @@ def _drop() -> None:
 
 
 def _errand() -> Errand:
-    """The task. Ray sends a nested function by value: it arrives where vlmedge is missing or another, and says so."""
-
-    def evaluate(version: str, shard: str, done: list[str]) -> str:
-        import json
-        import socket
-
-        node = socket.gethostname()
-        try:
-            from vlmedge import __version__ as found
-        except ModuleNotFoundError:
-            found = "none"
-        if found != version:
-            text = f"the node {node} has vlmedge {found}, this machine {version}: pip install vlmedge=={version} there"
-            return json.dumps({"error": "RuntimeFailedError", "text": text})
-        from vlmedge.evaluation.cluster import answer_part
-
-        return answer_part(shard, done)
-
-    return evaluate
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[Ray]:
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise MissingExtraError("--ray", "ray") from None
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        if ray.is_initialized():
-            yield ray
-            return
-        _check_address(address)
-        try:
-            ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise RuntimeFailedError(
-                f"the Ray cluster at {address} cannot be used: {_line(error)}; docs/eval.md says what it needs"
-            ) from None
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Refuse at once what Ray would ask for minutes."""
-    if address == "auto":
-        return
-    match = _ADDRESS.fullmatch(address)
-    if match is None or int(match[3]) > 65535:
-        raise UsageError(f"--ray takes HOST:PORT, ray://HOST:PORT or auto, not '{address}'")
-    if match[1] and find_spec("grpc") is None:
-        raise UsageError(f"{address} needs Ray's client: pip install 'ray[client]', or give HOST:PORT on a node")
-    try:
-        socket.create_connection((match[2].strip("[]"), int(match[3])), ANSWERS).close()
-    except OSError as error:
-        raise RuntimeFailedError(
-            f"no Ray cluster answers at {address}: {error.strerror or error}; "
-            "start one (ray start --head) or leave out --ray"
-        ) from None
+    """The task: `answer_part` on a node, after it was seen that the vlmedge there is this one."""
+    return errand("vlmedge.evaluation.cluster:answer_part", "evaluate")
 
 
 def _cpus(ray: Ray) -> list[int]:
-    """Of each node that lives and computes."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return [cpu for cpu in cpus if cpu]
+    return [cpus(node) for node in nodes(ray)]
 
 
-def _threads(tasks: list[Task], cpus: list[int]) -> int:
+def _threads(tasks: list[Task], offered: list[int]) -> int:
     """How many CPUs a part takes."""
     asked = max((task.shard.threads or 0 for task in tasks), default=0)
-    if not cpus:
-        raise RuntimeFailedError("no node of the Ray cluster offers a CPU; add one (ray start --address ...)")
-    if asked > max(cpus):
-        raise UsageError(f"--threads {asked} is more than any node of the Ray cluster has; the largest has {max(cpus)}")
-    return asked or min(THREADS, *cpus)
+    if not offered:
+        raise RuntimeFailedError(NOBODY)
+    if asked > max(offered):
+        raise UsageError(
+            f"--threads {asked} is more than any node of the Ray cluster has; the largest has {max(offered)}"
+        )
+    return asked or min(THREADS, *offered)
 
 
 def _collect(ray: Ray, sent: dict[Any, Part], threads: int, progress: Progress) -> None:
@@ -241,7 +164,7 @@ def _reply(ray: Ray, reference: Any) -> dict[str, Any]:
     except ray.exceptions.OutOfMemoryError:
         raise RuntimeFailedError("a node of the Ray cluster ran out of memory; give a higher --threads") from None
     except ray.exceptions.RayError as error:
-        raise RuntimeFailedError(f"a part of the evaluation was lost {RETRIES + 1} times: {_line(error)}") from None
+        raise RuntimeFailedError(f"a part of the evaluation was lost {RETRIES + 1} times: {one_line(error)}") from None
     return reply
 
 
@@ -260,11 +183,7 @@ def _take(part: Part, reply: dict[str, Any], progress: Progress) -> None:
 
 def _check_files(shard: Shard) -> None:
     for path in (shard.source, shard.data):
-        if os.path.isabs(path) and not os.path.exists(path):
-            raise UsageError(
-                f"there is no {path}; put it in a folder that all nodes share under the same path, "
-                "or name a hub or demo source"
-            )
+        check_file(path)
 
 
 def _source(source: str) -> str:
@@ -272,10 +191,3 @@ def _source(source: str) -> str:
     path = os.path.expanduser(source)
     named = source.startswith(DEMO_SOURCE) or source.partition("@")[0] in known_models()
     return os.path.abspath(path) if names_bundle(source) or (os.path.exists(path) and not named) else source
-
-
-def _line(error: Exception) -> str:
-    """The first sentence of what Ray says, which may be a page; of a traceback its end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-    return re.split(r"(?<=[.!]) |; ", text)[0].rstrip(".")[:300]

@@ -15,12 +15,12 @@ from vlmedge.evaluation.dataset import Dataset, open_dataset
 from vlmedge.evaluation.job import Runner, Shard, Task, run_here, todo
 from vlmedge.evaluation.journal import SCHEMA, Asked, Journal, answered, journal_path, opened
 from vlmedge.evaluation.row import Row
-from vlmedge.subject import Subject, examine
 from vlmedge.evaluation.summary import Evaluation, pair, score
 from vlmedge.loading import SourceLike
 from vlmedge.picture import check_picture
 from vlmedge.progress import Progress
 from vlmedge.runtimes import RUNTIMES
+from vlmedge.subject import Subject, examine
 
 
 @dataclass(frozen=True, slots=True)

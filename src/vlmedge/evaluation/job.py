@@ -12,10 +12,10 @@ from vlmedge.evaluation.asking import ask_all
 from vlmedge.evaluation.dataset import Dataset, open_dataset
 from vlmedge.evaluation.question import Picture, Question
 from vlmedge.evaluation.row import Row
-from vlmedge.subject import fingerprint
 from vlmedge.loading import load
 from vlmedge.progress import Progress
 from vlmedge.skills import Model
+from vlmedge.subject import fingerprint
 
 Todo = list[tuple[Picture, list[Question]]]
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmedge.errors import OutputError
 from vlmedge.evaluation.row import Row, read_row
+from vlmedge.jsonlines import JsonLines, appending, parse_line, whole_lines, writing
 from vlmedge.records import decode
-from vlmedge.staging import lock
 
 SCHEMA = "vlmedge.answers/1"
 _HEX = 12  # digits of a hash in a file name
+_KEPT = "answers"  # in messages: what the lines are
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +37,10 @@ class Asked:
 class Journal:
     """The answers of one model to one shard, opened for more of them; `rows` are those that it holds, by id."""
 
-    def __init__(self, path: Path, handle: int, rows: dict[str, Row]) -> None:
-        self.path = path
+    def __init__(self, lines: JsonLines, rows: dict[str, Row]) -> None:
+        self.path = lines.path
         self.rows = rows
-        self._handle = handle
+        self._lines = lines
         self._picture = ""
 
     def add(self, row: Row) -> None:
@@ -53,20 +50,11 @@ class Journal:
         """
         if row.id in self.rows:
             return
-        with _writing(self.path):
-            if self._picture not in ("", row.picture):
-                os.fsync(self._handle)
-            self._picture = row.picture
-            _write(self._handle, row.as_dict())
+        if self._picture not in ("", row.picture):
+            self._lines.flush()
+        self._picture = row.picture
+        self._lines.append(row.as_dict())
         self.rows[row.id] = row
-
-    def close(self) -> None:
-        """Flush it to the disk and give the lock back."""
-        try:
-            with _writing(self.path):
-                os.fsync(self._handle)
-        finally:
-            os.close(self._handle)
 
 
 def journal_path(folder: Path, asked: Asked, index: int, count: int) -> Path:
@@ -81,24 +69,10 @@ def opened(path: Path, asked: Asked) -> Iterator[Journal]:
     Raises OutputError where another process has it open (not noticed on Windows), where it was made with another
     model, question set or settings, or is damaged, or cannot be written.
     """
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
-    journal = None
-    try:
-        with _writing(path):
-            if not lock(handle):
-                raise OutputError(f"another evaluation is writing {path}; wait for it or choose another --out")
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            os.ftruncate(handle, whole)
-            if not whole:
-                _write(handle, asdict(asked))
-            rows = _rows(path, data[:whole], asked) if whole else {}
-        journal = Journal(path, handle, rows)
-        yield journal
-    finally:
-        journal.close() if journal is not None else os.close(handle)
+    with appending(path, "evaluation", _KEPT) as lines:
+        if not lines.found:
+            lines.append(asdict(asked))
+        yield Journal(lines, _rows(path, lines.found, asked))
 
 
 def answered(folder: Path, asked: Asked, besides: Path) -> dict[str, Row]:
@@ -106,21 +80,20 @@ def answered(folder: Path, asked: Asked, besides: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for path in sorted(folder.glob(f"*-{asked.model[:_HEX]}.*-of-*.jsonl")):
         if path != besides:
-            with _writing(path):
-                data = path.read_bytes()
-            rows |= _rows(path, data[: data.rfind(b"\n") + 1], asked)
+            with writing(path, _KEPT):
+                lines = whole_lines(path)
+            rows |= _rows(path, lines, asked)
     return rows
 
 
-def _rows(path: Path, data: bytes, asked: Asked) -> dict[str, Row]:
-    lines = data.splitlines()
+def _rows(path: Path, lines: Sequence[bytes], asked: Asked) -> dict[str, Row]:
     if not lines:
         return {}
-    _check(path, decode(Asked, _json(lines[0], f"{path} line 1"), f"{path} line 1", OutputError), asked)
+    _check(path, decode(Asked, parse_line(lines[0], f"{path} line 1"), f"{path} line 1", OutputError), asked)
     rows: dict[str, Row] = {}
     for number, line in enumerate(lines[1:], 2):
         where = f"{path} line {number}"
-        row = read_row(_json(line, where), where)
+        row = read_row(parse_line(line, where), where)
         if rows.setdefault(row.id, row) is not row:
             raise OutputError(f"{where} answers '{row.id}' again; remove the line, or choose another --out")
     return rows
@@ -140,34 +113,7 @@ def _check(path: Path, found: Asked, asked: Asked) -> None:
             raise OutputError(f"{path} holds answers made with {other}; remove it, or choose another --out")
 
 
-def _json(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        raise OutputError(f"{where} is damaged; remove the file, or choose another --out") from None
-
-
-def _write(handle: int, data: Any) -> None:
-    """One line in one go, so far as the system lets it."""
-    left = (json.dumps(data, allow_nan=False) + "\n").encode()
-    while left:
-        left = left[os.write(handle, left) :]
-
-
 def _stem(asked: Asked) -> str:
     """Readable, then a piece of the model's hash: one model has one name wherever it lies, another has another."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", asked.label).strip("-.")[-60:]
     return f"{readable}-{asked.model[:_HEX]}"
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"the disk of {path.parent} is full; free some space: the answers so far are kept"
-            ) from None
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path} cannot be written: {reason}; choose another --out") from None

@@ -29,10 +29,13 @@ _SIGNS = {
 }
 
 
-def document(title: str, *body: Html) -> str:
-    """The text of an HTML file with this title and body; it opens from a disk, a mail or a web server alike."""
+def document(title: str, *body: Html, wide: bool = False) -> str:
+    """The text of an HTML file with this title and body; it opens from a disk, a mail or a web server alike.
+
+    `wide`: for tables of many columns, on screens that have room for them.
+    """
     head = _HEAD.format(policy=_POLICY, title=escape(title), style=STYLE)
-    return f"{head}{element('body', *_lines(body))}\n</html>\n"
+    return f"{head}{element('body', *_lines(body), class_='wide' if wide else None)}\n</html>\n"
 
 
 def section(title: str, *content: str) -> Html:

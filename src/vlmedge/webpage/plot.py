@@ -1,4 +1,4 @@
-"""Plots as SVG inside the page: bars against limits, values along positions, stacked bars.
+"""Plots as SVG inside the page: bars against limits, values along positions, stacked bars, legends.
 
 All are 320 units wide and are shown at about one pixel a unit on a phone, so their text can be read there. Colours
 come from the page's style, light or dark. A plot has a title and a description for those who cannot see it.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from vlmedge.webpage.markup import Html, element
-from vlmedge.webpage.numbers import number, power
-from vlmedge.webpage.scale import LogAxis
-from vlmedge.webpage.svg import WIDTH, cut, line, plot, rect, text
+from vlmedge.webpage.numbers import number
+from vlmedge.webpage.scale import Axis, LogAxis
+from vlmedge.webpage.svg import WIDTH, anchor, heading, line, mark, plot, rect, text
 
 _LEFT = 34  # for the names of the decades beside dots
 _MIDDLE = (_LEFT + WIDTH) / 2
 _TALL = 128
 _ROW = 40
-_COLOURS = 6
+COLOURS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,16 @@ class Stack:
     note: str
 
 
-def bars(rows: Sequence[Bar], axis: LogAxis, title: str, description: str) -> Html:
-    """Horizontal bars on a logarithmic axis, each under its name, with a tick at its limit."""
+def bars(rows: Sequence[Bar], axis: Axis, title: str, description: str) -> Html:
+    """Horizontal bars on one axis, each under its name, with a tick at its limit."""
     bottom = _ROW * len(rows)
     parts = []
-    for exponent, place in axis.ticks():
+    for name, place in axis.marks():
         x = _along(place)
-        parts += [line(x, 0, x, bottom, "grid"), text(power(exponent), x, bottom + 14, "soft", _anchor(x))]
+        parts += [line(x, 0, x, bottom, "grid"), text(name, x, bottom + 14, "soft", anchor(x))]
     for i, row in enumerate(rows):
         y = _ROW * i
-        parts += [*_name(row.label, row.note, y, row.state), rect(0, y + 20, WIDTH, "track")]
+        parts += [*heading(row.label, row.note, y, row.state), rect(0, y + 20, WIDTH, "track")]
         parts.append(rect(0, y + 20, max(2.0, _along(axis.place(row.value))), f"bar {row.state}"))
         if row.limit is not None:
             x = _along(axis.place(row.limit))
@@ -72,27 +73,30 @@ def dots(found: Sequence[Dot], axis: LogAxis, title: str, description: str) -> H
     """A stem and a mark per position on a logarithmic axis: a dot, a hollow diamond ("warn") or a square ("bad")."""
     first, last = min(d.position for d in found), max(d.position for d in found)
     parts = []
-    for exponent, place in axis.ticks():
+    for name, place in axis.marks():
         y = _up(place)
-        parts += [line(_LEFT, y, WIDTH, y, "grid"), text(power(exponent), _LEFT - 4, y + 4, "soft", "end")]
+        parts += [line(_LEFT, y, WIDTH, y, "grid"), text(name, _LEFT - 4, y + 4, "soft", "end")]
     radius = 3.0 if len(found) <= 60 else 1.8
     for dot in sorted(found, key=lambda d: ("plain", "warn", "bad").index(d.state)):
         x = _LEFT + 8 + (WIDTH - _LEFT - 16) * ((dot.position - first) / (last - first) if last > first else 0.5)
         y = _up(axis.place(dot.value))
-        stem, mark = line(x, _up(0), x, y, f"stem {dot.state}"), _mark(x, y, radius, dot.state)
-        parts.append(element("g", element("title", dot.note), stem, mark))
+        stem, sign = line(x, _up(0), x, y, f"stem {dot.state}"), mark(x, y, radius, dot.state)
+        parts.append(element("g", element("title", dot.note), stem, sign))
     ends = [(last, WIDTH, "end"), (first, _LEFT + 8, "middle")] if last > first else [(first, _MIDDLE, "middle")]
-    parts += [text(str(position), x, _TALL + 30, "soft", anchor) for position, x, anchor in ends]
+    parts += [text(str(position), x, _TALL + 30, "soft", side) for position, x, side in ends]
     return plot(_TALL + 36, title, description, parts)
 
 
-def stacks(rows: Sequence[Stack], title: str, description: str) -> Html:
-    """Horizontal bars of coloured pieces on one linear scale; `legend` of `colours` says what is what."""
-    colour = colours(rows)
+def stacks(rows: Sequence[Stack], title: str, description: str, names: Iterable[str] = ()) -> Html:
+    """Horizontal bars of coloured pieces on one linear scale; `legend` of `colours` says what is what.
+
+    `names`: pieces whose colours come first, so that several plots agree.
+    """
+    colour = colours(rows, names)
     longest = max((sum(v for _, v in row.pieces) for row in rows), default=0.0) or 1.0
     parts = []
     for i, row in enumerate(rows):
-        parts += [*_name(row.label, row.note, _ROW * i, ""), rect(0, _ROW * i + 20, WIDTH, "track")]
+        parts += [*heading(row.label, row.note, _ROW * i, ""), rect(0, _ROW * i + 20, WIDTH, "track")]
         x = 0.0
         for name, value in row.pieces:
             width = WIDTH * value / longest
@@ -102,10 +106,10 @@ def stacks(rows: Sequence[Stack], title: str, description: str) -> Html:
     return plot(_ROW * len(rows), title, description, parts)
 
 
-def colours(rows: Iterable[Stack]) -> dict[str, str]:
-    """The colour of every piece's name, in order of appearance; from the seventh on they repeat."""
-    names = dict.fromkeys(name for row in rows for name, _ in row.pieces)
-    return {name: f"s{i % _COLOURS}" for i, name in enumerate(names)}
+def colours(rows: Iterable[Stack], names: Iterable[str] = ()) -> dict[str, str]:
+    """The colour of every piece's name, `names` first, then in order of appearance; from the ninth on they repeat."""
+    found = dict.fromkeys((*names, *(name for row in rows for name, _ in row.pieces)))
+    return {name: f"s{i % COLOURS}" for i, name in enumerate(found)}
 
 
 def legend(items: Iterable[tuple[str, str]]) -> Html:
@@ -123,26 +127,8 @@ def _sign(sign: str) -> Html:
     if sign == "limit":
         return line(7, 0, 7, 14, "limit")
     if sign in ("plain", "warn", "bad"):
-        return _mark(7, 7, 3.5, sign)
+        return mark(7, 7, 3.5, sign)
     return element("rect", x=1, y=1, width=12, height=12, rx=3, class_=sign)
-
-
-def _mark(x: float, y: float, radius: float, state: str) -> Html:
-    if state == "plain":
-        return element("circle", cx=x, cy=y, r=radius, class_="mark plain")
-    r = radius + 1  # what differs is seen first
-    turn = f"rotate(45 {x:.2f} {y:.2f})" if state == "warn" else None
-    return element("rect", x=x - r, y=y - r, width=2 * r, height=2 * r, transform=turn, class_=f"mark {state}")
-
-
-def _name(label: str, note: str, y: float, state: str) -> list[Html]:
-    """The line above a bar: its name to the left, its value to the right."""
-    name = element("text", element("title", label), cut(label, 41 - min(len(note), 24)), x=0, y=y + 13)
-    return [name, text(note, WIDTH, y + 13, "bad" if state == "bad" else "soft", "end")]
-
-
-def _anchor(x: float) -> str:
-    return "start" if x < 8 else "end" if x > WIDTH - 8 else "middle"
 
 
 def _along(part: float) -> float:

@@ -11,12 +11,14 @@ STYLE: Final = """
   --ground: #f4f5f2; --card: #ffffff; --sunken: #e9ece6; --line: #d5d9d0; --text: #1c211f; --soft: #57605b;
   --good: #166534; --good-soft: #e3f4e8; --bad: #b42318; --bad-soft: #fdecea; --warn: #854d0e; --warn-soft: #fdf3d7;
   --bar: #0f766e; --s0: #0f766e; --s1: #7c3aed; --s2: #c2690a; --s3: #db2777; --s4: #2563eb; --s5: #64748b;
+  --s6: #4d7c0f; --s7: #9f1239;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #131716; --card: #1b2120; --sunken: #2a3230; --line: #38413e; --text: #e8ecea; --soft: #a3afaa;
     --good: #6ee79a; --good-soft: #12301f; --bad: #ff9b8f; --bad-soft: #3b1c19; --warn: #fcd34d; --warn-soft: #352a0c;
     --bar: #2dd4bf; --s0: #2dd4bf; --s1: #a78bfa; --s2: #fbbf24; --s3: #f472b6; --s4: #60a5fa; --s5: #94a3b8;
+    --s6: #a3e635; --s7: #fda4af;
   }
 }
 * { box-sizing: border-box; }
@@ -26,6 +28,7 @@ body {
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif;
   overflow-wrap: anywhere;
 }
+body.wide { max-width: 1180px; }
 h1, h2, h3, p, dl, dd, ul, figure { margin: 0; padding: 0; }
 h1 { font-size: 1.3rem; line-height: 1.3; }
 h2 { margin: 28px 0 10px; font-size: 1.1rem; }
@@ -74,7 +77,7 @@ th, td { padding: 7px 12px; border-top: 1px solid var(--line); text-align: left;
 thead th { font-size: .8125rem; font-weight: 600; white-space: nowrap; vertical-align: bottom; }
 thead tr + tr th { border-top: 0; padding-top: 0; color: var(--soft); }
 .edge { border-left: 1px solid var(--line); }
-tbody th { position: sticky; left: 0; min-width: 96px; max-width: 240px; background: var(--card);
+tbody th { position: sticky; left: 0; min-width: 168px; max-width: 240px; background: var(--card);
   font-weight: 500; overflow-wrap: anywhere; hyphens: auto; }
 @media (max-width: 480px) {
   table { font-size: .875rem; }
@@ -84,7 +87,10 @@ tbody th { position: sticky; left: 0; min-width: 96px; max-width: 240px; backgro
 tr.bad > * { background: var(--bad-soft); color: var(--text); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-caption span { position: sticky; left: 12px; display: inline-block; max-width: min(calc(100vw - 64px), 880px); }
+td.words { min-width: 120px; }
+.under { display: block; color: var(--soft); font-size: .8125rem; font-weight: 400; line-height: 1.3; }
+ol.keys { columns: 2 260px; margin: 12px 0 0; padding-left: 28px; font-size: .875rem; }
+caption span { position: sticky; left: 12px; display: inline-block; max-width: min(calc(100vw - 64px), 1080px); }
 .scroll + *, .plots + *, .small + .scroll { margin-top: 12px; }
 
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 12px; }
@@ -103,6 +109,14 @@ svg.plot { width: 100%; max-width: 440px; height: auto; font-size: 12.5px; font-
 .stem.bad { stroke: var(--bad); } .stem.warn { stroke: var(--warn); }
 .s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); }
 .s3 { fill: var(--s3); } .s4 { fill: var(--s4); } .s5 { fill: var(--s5); }
+.s6 { fill: var(--s6); } .s7 { fill: var(--s7); }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.curve.s0 { stroke: var(--s0); } .curve.s1 { stroke: var(--s1); } .curve.s2 { stroke: var(--s2); }
+.curve.s3 { stroke: var(--s3); } .curve.s4 { stroke: var(--s4); } .curve.s5 { stroke: var(--s5); }
+.curve.s6 { stroke: var(--s6); } .curve.s7 { stroke: var(--s7); }
+.specks { fill: none; stroke: var(--bar); stroke-opacity: .6; stroke-width: 4.5; stroke-linecap: round; }
+.specks.bad { stroke: var(--bad); } .specks.warn { stroke: var(--warn); stroke-opacity: 1; }
+.area { fill: var(--bar); fill-opacity: .3; stroke: var(--bar); } .area.bad { fill: var(--bad); stroke: var(--bad); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 8px 0; list-style: none; font-size: .875rem; }
 .legend li { display: flex; align-items: center; gap: 6px; }
 .legend svg { flex: none; width: 14px; height: 14px; }

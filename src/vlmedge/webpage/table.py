@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,13 +18,16 @@ class Column:
     group: str = ""
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[str]], caption: str, bad: int | None = None) -> Html:
-    """A table; the first cell of a row is its heading and stays in sight, row number `bad` is highlighted.
+def table(
+    columns: Sequence[Column], rows: Iterable[Sequence[str]], caption: str, bad: int | Collection[int] | None = None
+) -> Html:
+    """A table; the first cell of a row is its heading and stays in sight, row number `bad`, or several, highlighted.
 
     Cells are text or markup; every row has one for each column.
     """
     edges = {i for i, c in enumerate(columns) if c.group and c.group != columns[i - 1].group}
-    body = [_row(columns, row, edges, i == bad) for i, row in enumerate(rows)]
+    marked = () if bad is None else (bad,) if isinstance(bad, int) else bad
+    body = [_row(columns, row, edges, i in marked) for i, row in enumerate(rows)]
     parts = (
         element("caption", element("span", caption)),
         element("thead", *_head(columns, edges)),

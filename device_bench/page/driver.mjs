@@ -9,7 +9,8 @@
  *     const ids = await model.generate(await model.append(promptIds));
  *     model.state = kept;
  *
- * The KV cache grows: each call gives the whole cache back as new tensors, so an older state stays valid.
+ * The KV cache grows: each call gives the whole cache back as new tensors, so an older state stays valid. With WebGPU it
+ * may stay on the device (`preferredOutputLocation: "gpu-buffer"`); its tensors there are freed by `drop`, not by themselves.
  */
 
 const SESSIONS = ["vision_encoder", "vision_projection", "embed_tokens", "decoder_model_merged"];
@@ -60,7 +61,7 @@ export class Model {
   async vision(pixels, count) {
     const { size } = this.spec.image;
     const feed = { pixel_values: this.tensor("float32", normalise(pixels, this.spec.image), [count, 3, size, size]) };
-    return (await this.sessions.vision_encoder.run(feed)).image_features.data;
+    return (await this.sessions.vision_encoder.run(feed)).image_features.getData();
   }
 
   /** Features of one picture's crops (the global one first) to embeddings float32 [image tokens * width]. */
@@ -74,13 +75,13 @@ export class Model {
       feed.pool_rows = this.tensor("float32", poolMatrix(height, side), [side, height]);
       feed.pool_columns = this.tensor("float32", poolMatrix(width, side), [side, width]);
     }
-    return (await this.sessions.vision_projection.run(feed)).image_embeds.data;
+    return (await this.sessions.vision_projection.run(feed)).image_embeds.getData();
   }
 
   /** Token ids to embeddings float32 [n * width]. */
   async embed(ids) {
     const feed = { input_ids: this.tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]) };
-    return (await this.sessions.embed_tokens.run(feed)).inputs_embeds.data;
+    return (await this.sessions.embed_tokens.run(feed)).inputs_embeds.getData();
   }
 
   /** Append embeddings float32 [n * width] to the cache; the logits of the last position, float32 [vocab]. */
@@ -96,7 +97,7 @@ export class Model {
     const names = Object.keys(this.state.cache);
     const cache = Object.fromEntries(names.map((name) => [name, out[name.replace("past_key_values", "present")]]));
     this.state = { position, cache };
-    return out.logits.data;
+    return out.logits.getData();
   }
 
   /** Append token ids; the logits of the last one. */
@@ -107,6 +108,7 @@ export class Model {
   /** Greedy answer from the prompt's logits; the end token is part of it. */
   async generate(logits, { maxTokens = this.spec.prompt.max_tokens, onToken = () => {} } = {}) {
     const { stop, banned } = this.spec.prompt;
+    const given = this.state;
     const ids = [];
     for (;;) {
       if (ids.length) for (const id of banned) logits[id] = -Infinity; // never the first token: the original's rule
@@ -114,8 +116,15 @@ export class Model {
       onToken(ids.at(-1));
       const full = this.state.position >= this.spec.decoder.context;
       if (stop.includes(ids.at(-1)) || ids.length >= maxTokens || full) return ids;
+      const before = this.state;
       logits = await this.append(ids.slice(-1));
+      if (before !== given) this.drop(before);
     }
+  }
+
+  /** Free the tensors of a state that is not needed again. */
+  drop(state) {
+    for (const tensor of Object.values(state.cache)) tensor.dispose();
   }
 
   #empty() {
@@ -178,7 +187,8 @@ export function poolMatrix(source, target) {
   return matrix;
 }
 
-function argmax(values) {
+/** The index of the largest value, the first of equal ones. */
+export function argmax(values) {
   let best = 0;
   for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
   return best;
