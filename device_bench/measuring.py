@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,10 +13,12 @@ from vlmedge.device_bench.job import Ask, Work
 from vlmedge.device_bench.result import Counts, Sample
 from vlmedge.device_bench.stopwatch import Stopwatch
 from vlmedge.errors import UnsupportedError
-from vlmedge.picture import load_picture
+from vlmedge.picture import PictureLike, load_picture
 from vlmedge.prompt import TextStream
+from vlmedge.session import F32
 from vlmedge.skills import Model
 
+_WARM = 8  # tokens
 # Answer.timings_ms -> Sample.ms
 _STAGES = ("image", "preprocess", "vision", "project", "tokenize", "prefill", "prompt", "first_token")
 
@@ -40,15 +42,18 @@ class Subject:
         self.watch = Stopwatch(model.session)
         forced = replace(model.spec.prompt, stop=())
         self._spec = replace(model.spec, prompt=forced)
+        self._last = self.fresh()  # an older one would not know what is in the KV cache now
 
     def fresh(self) -> Model:
         """The model without any picture or prompt in its memory; a stop token does not stop it."""
         return Model(self._spec, self.watch, self.model.tokenizer)
 
     def warm_up(self, work: Work) -> None:
-        """Answer the first ask, as often as the work says; nothing is kept."""
+        """Answer the first ask's question about a grey picture of one crop, as often as the work says."""
+        size = self._spec.image.size
+        grey = np.full((size, size, 3), 128, np.uint8)
         for _ in range(work.warmup):
-            _answer(self.fresh(), work.asks[0], min(work.tokens, 8))
+            _answer(self.fresh(), work.asks[0], min(work.tokens, _WARM), grey)
 
     def measure(self, work: Work) -> Asked:
         """Answer every ask `repeat` times in turn, and on until `min_seconds` (or `minutes`) are over."""
@@ -58,6 +63,10 @@ class Subject:
                 out.samples.append(self._sample(ask, work, time.perf_counter() - began, out))
         out.seconds = time.perf_counter() - began
         return out
+
+    def follow(self, ask: Ask, tokens: Sequence[int]) -> F32:
+        """Logits float32 [tokens, vocab] along an answer; the picture that was asked about last is still encoded."""
+        return self._last.follow(ask.picture, ask.question or None, tokens)
 
     def _turns(self, work: Work, began: float) -> Iterator[int]:
         least = max(work.min_seconds, work.minutes * 60)
@@ -69,7 +78,7 @@ class Subject:
     def _sample(self, ask: Ask, work: Work, at: float, out: Asked) -> Sample:
         model = self.fresh()
         self.watch.reset()
-        answer = _answer(model, ask, work.tokens)
+        answer = _answer(model, ask, work.tokens, ask.picture)
         _check_length(answer, work.tokens, self.watch.context)
         ends = [call.end for call in self.watch.calls if call.name == "forward"][-len(answer.tokens) :]
         token_ms = tuple(round(float(ms), 4) for ms in np.diff(ends) * 1000)
@@ -79,6 +88,7 @@ class Subject:
         ms |= {"decode": round(float(np.mean(token_ms)), 4)} if token_ms else {}
         ms |= {"end_to_end": answer.timings_ms["total"], "detokenize": self._detokenize(answer)}
         ms["next_first_token"] = self._next(model, ask)
+        self._last = model
         return Sample(ask.name, round(at, 4), ms, () if work.minutes else token_ms)
 
     def _counts(self, ask: Ask, answer: Answer) -> Counts:
@@ -95,15 +105,13 @@ class Subject:
 
     def _next(self, model: Model, ask: Ask) -> float:
         """Time to the first token of one more question about the picture that is in the KV cache, pixels in hand."""
-        again = _answer(model, ask, 1, load_picture(ask.picture))
-        return again.timings_ms["first_token"]
+        return _answer(model, ask, 1, load_picture(ask.picture)).timings_ms["first_token"]
 
 
-def _answer(model: Model, ask: Ask, tokens: int, picture: object = None) -> Answer:
-    image = ask.picture if picture is None else picture
+def _answer(model: Model, ask: Ask, tokens: int, picture: PictureLike) -> Answer:
     if ask.question:
-        return model.query(image, ask.question, max_tokens=tokens)  # type: ignore[arg-type]
-    return model.caption(image, max_tokens=tokens)  # type: ignore[arg-type]
+        return model.query(picture, ask.question, max_tokens=tokens)
+    return model.caption(picture, max_tokens=tokens)
 
 
 def _check_length(answer: Answer, wanted: int, context: int) -> None:

@@ -124,7 +124,7 @@ def _truth(variant: Variant, subject: Subject, asked: Asked, job: Job) -> Truth:
     found = []
     for ask in job.work.asks:
         tokens = asked.tokens[ask.name]
-        logits = subject.fresh().follow(ask.picture, ask.question or None, tokens)
+        logits = subject.follow(ask, tokens)
         found.append(agreement.truth_of(ask.name, tokens, logits))
     return Truth(variant.digest, tuple(found))
 
@@ -136,8 +136,7 @@ def _agreement(job: Job, subject: Subject, asked: Asked) -> Agreement | None:
     along = {}
     for ask in job.work.asks:
         wanted = truth.of(ask.name)
-        logits = subject.fresh().follow(ask.picture, ask.question or None, wanted.tokens)
-        along[ask.name] = agreement.followed(wanted, logits)
+        along[ask.name] = agreement.followed(wanted, subject.follow(ask, wanted.tokens))
     model = subject.model
     return agreement.agreement(truth, dict(asked.tokens), along, model.tokenizer, model.spec.prompt.stop)
 
