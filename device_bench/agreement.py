@@ -130,9 +130,13 @@ def _until(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
 
 
 def _log_softmax(logits: F32) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Natural logarithms of probabilities. Raises RuntimeFailedError for logits that have none: NaN or infinite ones."""
     wide = logits.astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    out: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        wide -= wide.max(axis=1, keepdims=True)  # -inf stays: of a banned token
+        out: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    if np.isnan(out).any():
+        raise RuntimeFailedError("its logits are NaN or infinite, so its answers mean nothing; see 'vlmedge verify'")
     return out
 
 

@@ -14,11 +14,10 @@ from vlmedge.progress import Progress
 class Anchors:
     """Of one device, for each number of threads that its jobs take. What stays slow is not waited for again."""
 
-    def __init__(self, device: str, scenario: str, execution: Execution, timeout: float, progress: Progress) -> None:
+    def __init__(self, device: str, scenario: str, execution: Execution, progress: Progress) -> None:
         self._device = device
         self._work = Work(scenario, (), 0)
         self._execution = execution
-        self._timeout = timeout
         self._progress = progress
         self._baselines: dict[int | None, Baseline] = {}  # by the threads that were asked for
         self._states: dict[int | None, State] = {}
@@ -71,7 +70,7 @@ class Anchors:
         return max((drift for drift in found if drift is not None), default=None)
 
     def _anchor(self, threads: int | None) -> float | None:
-        record = self._execution.do(self._job(threads), self._timeout, tell=lambda reply: self._judged(threads, reply))
+        record = self._execution.do(self._job(threads), tell=lambda reply: self._judged(threads, reply))
         if record.reply.ceiling is None:
             self._mute.add(threads)
             if record.reply.status != "unavailable":

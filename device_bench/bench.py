@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -115,7 +116,7 @@ def _opened(
     """The hosts, connected, by device; their places; and this machine's, where only it can run the original."""
     with ExitStack() as stack:
         hosts, places = {}, []
-        for name, host, threads in _hosts(devices, ray, stack):
+        for name, host, threads in _hosts(devices, ray, stack, progress):
             progress.stage(f"connecting to {name}")
             hosts[name] = host
             places.append(_place(name, host, threads, stack))
@@ -126,7 +127,9 @@ def _opened(
         yield hosts, places, here
 
 
-def _hosts(devices: Sequence[str], ray: str | None, stack: ExitStack) -> Iterator[tuple[str, Host, int | None]]:
+def _hosts(
+    devices: Sequence[str], ray: str | None, stack: ExitStack, progress: Progress
+) -> Iterator[tuple[str, Host, int | None]]:
     """(device, host, the threads that it is given)."""
     if ray is not None:
         from vlmedge.device_bench.hosts.ray import ray_hosts
@@ -138,7 +141,7 @@ def _hosts(devices: Sequence[str], ray: str | None, stack: ExitStack) -> Iterato
     names = [device.name for device in found]
     for word, device in zip(devices, found, strict=True):
         # two boards of one kind differ by their addresses
-        yield word if names.count(device.name) > 1 else device.name, open_host(device), device.threads
+        yield word if names.count(device.name) > 1 else device.name, open_host(device, progress.note), device.threads
 
 
 def _place(name: str, host: Host, threads: int | None, stack: ExitStack) -> Place:
@@ -159,5 +162,5 @@ def _check(
     if twice is not None:
         raise UsageError(f"the device '{twice}' is named twice")
     for name, value in (("timeout", timeout), ("minutes of --sustained", sustained), ("threads", threads)):
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(f"the {name} must be more than 0, not {value:g}")

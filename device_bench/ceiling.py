@@ -40,9 +40,9 @@ def measure(threads: int | None = None) -> Ceiling:
 def read_bandwidth(threads: int, size: int | None = None) -> float:
     """GB/s (10^9 bytes) of reading one array once with all threads, the best of at least 3 passes.
 
-    Each thread adds up a part of its own (int64, by numpy, without the interpreter's lock); it has written that part
-    itself before, so that a machine of several memories keeps it near. What is counted is the array's bytes over the
-    time until the last thread is done. `size`: bytes, None for 1 GiB or an eighth of the memory.
+    Each thread adds up a part (int64, by numpy, without the interpreter's lock). The threads have written them too, so
+    a machine of several memories has parts in each. What is counted is the array's bytes over the time until the last
+    thread is done. `size`: bytes, None for 1 GiB or an eighth of the memory.
     """
     size = size or min(READ, (ram_bytes() or 8 * READ) // _SHARE_OF_RAM)
     parts = np.array_split(np.empty(size // 8, np.int64), threads)

@@ -23,6 +23,8 @@ FOLDER = Path(__file__).parent / "devices"
 HostKind = Literal["local", "ssh", "adb", "browser", "iphone"]
 # Under which option a host looks for what stands behind "@" or behind "HOST:"; the others have no address.
 ADDRESS: Final[dict[str, str]] = {"ssh": "address", "adb": "serial", "iphone": "name"}
+# Hosts that may ask a person to do something; they take a `tell`.
+TELLING: Final[frozenset[str]] = frozenset(("browser",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class Device:
                 raise UsageError(f"the device '{self.name}' has {key} = {value}; leave out what is not known")
 
 
-HOSTS: Registry[Callable[[Device], Host]] = Registry(
+HOSTS: Registry[Callable[..., Host]] = Registry(
     "host",
     {
         "adb": "vlmedge.device_bench.hosts.adb:AdbHost",
@@ -88,9 +90,13 @@ def load_device(word: str) -> Device:
     return _addressed(device, address) if at else device
 
 
-def open_host(device: Device) -> Host:
-    """The host that reaches a device, not yet connected (`Host.open` does that)."""
-    return HOSTS[device.host](device)
+def open_host(device: Device, tell: Callable[[str], None] | None = None) -> Host:
+    """The host that reaches a device, not yet connected (`Host.open` does that).
+
+    `tell` is given what a person has to do there, one line at a time; without it that is logged.
+    """
+    make = HOSTS[device.host]
+    return make(device, tell) if device.host in TELLING else make(device)
 
 
 def _addressed(device: Device, address: str) -> Device:

@@ -11,8 +11,8 @@ from vlmedge.device_bench.execution import Execution
 from vlmedge.device_bench.job import Job, Variant
 from vlmedge.device_bench.plan import Plan
 from vlmedge.device_bench.result import Record
-from vlmedge.device_bench.sustained import sustain_job, sustain_timeout
-from vlmedge.device_bench.tuning import can_be_tuned, thread_counts, tuned, tuning_job
+from vlmedge.device_bench.sustained import sustain_job
+from vlmedge.device_bench.tuning import thread_counts, tuned, tuning_job
 from vlmedge.progress import Progress
 
 PATIENCE = 2  # failures in a row, after which a variant is given up
@@ -20,7 +20,7 @@ PATIENCE = 2  # failures in a row, after which a variant is given up
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What all devices of a run share. `truth`: the file of `Job.truth`; `timeout`: seconds of a job.
+    """What all devices of a run share. `truth`: the file of `Job.truth`.
 
     `go_on` raises where the run has to end between two jobs.
     """
@@ -29,7 +29,6 @@ class Orders:
     execution: Execution
     progress: Progress
     truth: str
-    timeout: float
     go_on: Callable[[], None]
 
 
@@ -43,7 +42,7 @@ class DeviceRun:
         self._failures = {variant.label: 0 for variant in self._variants}  # in a row
         self._ready = False
         self._drift: float | None = None  # after jobs that were run again, to be looked at before the next one
-        self._anchors = Anchors(device, orders.plan.scenario.name, orders.execution, orders.timeout, orders.progress)
+        self._anchors = Anchors(device, orders.plan.scenario.name, orders.execution, orders.progress)
 
     def run(self) -> None:
         """All of it. Raises OutputError where a record cannot be written, and what `Orders.go_on` raises."""
@@ -53,12 +52,16 @@ class DeviceRun:
         if self._orders.plan.minutes > 0:
             self._sustain()
 
+    @property
+    def left(self) -> int:
+        """How many processes of the rounds are still to be run."""
+        return sum(self._orders.execution.done(job) is None for job in self._all())
+
     def _measure(self) -> None:
-        left = [job for job in self._all() if self._orders.execution.done(job) is None]
-        rounds = self._orders.plan.scenario.rounds
+        left, rounds = self.left, self._orders.plan.scenario.rounds
         if left:
             times = f"{rounds} round{'s' * (rounds > 1)}"
-            self._orders.progress.stage(f"{times} of {len(self._variants)} on {self._device}", len(left))
+            self._orders.progress.stage(f"{times} of {len(self._variants)} on {self._device}", left)
         batch: list[Job] = []
         for job in self._wanted():
             self._do(job)
@@ -87,21 +90,18 @@ class DeviceRun:
             else:
                 yield job
 
-    def _do(self, job: Job, again: int = 0, timeout: float | None = None) -> Record:
+    def _do(self, job: Job, again: int = 0) -> None:
         assert job.variant is not None
         self._orders.go_on()
         if not again:
             self._prepare()
         threads = job.variant.threads
-        record = self._orders.execution.do(
-            job, timeout or self._orders.timeout, tell=lambda _: self._anchors.of(threads), again=again
-        )
+        record = self._orders.execution.do(job, tell=lambda _: self._anchors.of(threads), again=again)
         if not again:
             self._orders.progress.advance(1)
             if self._judge(record):
                 reason = record.reply.reason or record.reply.status
                 self._orders.progress.note(f"{job.variant.label} is given up on {self._device}: {reason}")
-        return record
 
     def _prepare(self) -> None:
         """The first anchors before the first job; a rest where the machine needs one."""
@@ -143,13 +143,13 @@ class DeviceRun:
             progress.stage(f"tuning threads on {self._device}", len(jobs))
         for job in jobs:
             self._orders.go_on()
-            execution.do(job, self._orders.timeout)
+            execution.do(job)
             progress.advance(1)
         found = {t.label: t.chosen for t in tuned(execution.journal.records) if t.device == self._device}
         self._variants = [replace(v, threads=found.get(v.label, v.threads)) for v in self._variants]
 
     def _tuning_jobs(self) -> Iterator[Job]:
-        variants = [variant for variant in self._variants if can_be_tuned(variant)]
+        variants = [variant for variant in self._variants if variant.on_processor]
         anchor = self._anchors.record(None) if variants else None
         if anchor is None:
             if variants:
@@ -177,6 +177,6 @@ class DeviceRun:
         for number, job in enumerate(left):
             if self._ready and number:
                 self._drift = self._anchors.measure()
-            self._do(job, timeout=sustain_timeout(minutes, orders.timeout))
+            self._do(job)
         if left:
             self._anchors.measure()

@@ -16,8 +16,6 @@ from vlmedge.device_bench.journal import Journal
 from vlmedge.device_bench.result import SCHEMA, Ceiling, Record, Reply
 from vlmedge.errors import VlmedgeError
 
-# Units that are the processor itself: what an anchor measured is a ceiling for them, and threads mean something.
-ON_PROCESSOR: Final = frozenset(("cpu", "wasm", "xnnpack", "dnnl"))
 DONE: Final = frozenset(("ok", "unavailable", "failed", "crashed", "hung", "out_of_memory", "rubbish"))  # but "lost"
 
 
@@ -31,20 +29,25 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """Does jobs on the hosts of their devices, and keeps the records."""
+    """Does jobs on the hosts of their devices, and keeps the records. `timeout`: seconds of a job; see `limit`."""
 
     hosts: Mapping[str, Host]
     journal: Journal
+    timeout: float
     clock: Clock = field(default_factory=Clock)
 
+    def limit(self, job: Job) -> float:
+        """Seconds that a job may take: those of every job, beside those that it is told to go on for."""
+        return self.timeout + max(job.work.minutes * 60, job.work.min_seconds)
+
     def done(self, job: Job) -> Record | None:
-        """The last record of a job that need not be done again: its host was not lost on it."""
-        return next((r for r in reversed(self.journal.of(job)) if r.reply.status in DONE), None)
+        """The last record of a job that need not be done again: its host was not lost on it, nor has it more time now."""
+        found = (record for record in reversed(self.journal.of(job)) if record.reply.status in DONE)
+        return next((r for r in found if r.reply.status != "hung" or r.seconds >= self.limit(job)), None)
 
     def do(
         self,
         job: Job,
-        timeout: float,
         *,
         tell: Callable[[Reply], State] | None = None,
         again: int = 0,
@@ -56,7 +59,7 @@ class Execution:
         """
         host, begin = self.hosts[job.device], self.clock.now()
         started = datetime.now(UTC).isoformat(timespec="milliseconds")
-        reply = _reply(host, job, timeout)
+        reply = _reply(host, job, self.limit(job))
         seconds = round(self.clock.now() - begin, 3)
         if arrange is not None:
             reply = arrange(reply)
@@ -70,7 +73,7 @@ def make_record(
     run: str, job: Job, host: str, reply: Reply, started: str, seconds: float, state: State, again: int = 0
 ) -> Record:
     """What is written of a job; ceilings are those of the processor, they tell nothing about other units."""
-    ceiling = state.ceiling if job.variant and job.variant.unit in ON_PROCESSOR else None
+    ceiling = state.ceiling if job.variant and job.variant.on_processor else None
     return Record(
         schema=SCHEMA,
         run=run,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 from vlmedge.records import encode
 
 # measure: rounds of the same questions. sustain: the same without a pause, for minutes. reference: what the original
 # answers. anchor: the machine's ceilings, no model at all.
 JobKind = Literal["measure", "sustain", "reference", "anchor"]
+# Units that are the processor itself: its ceilings and its energy are theirs, and threads mean something.
+ON_PROCESSOR: Final = frozenset(("cpu", "wasm", "xnnpack", "dnnl"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,16 @@ class Variant:
         """Is it the checkpoint itself?"""
         return self.format == "checkpoint"
 
+    @property
+    def on_processor(self) -> bool:
+        """Does the processor compute it?"""
+        return self.unit in ON_PROCESSOR
+
+    @property
+    def placeless(self) -> Variant:
+        """It without the place where its model lies, which `digest` tells from every other."""
+        return replace(self, source="")
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -61,13 +73,19 @@ class Ask:
     height: int
     question: str
 
+    @property
+    def placeless(self) -> Ask:
+        """It without the place where its picture lies."""
+        return replace(self, picture="")
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What a job does with its model.
 
-    Every ask is answered greedily with exactly `tokens` tokens, a stop token does not stop it. `warmup`: so many times
-    before anything counts. Then `repeat` times, and on until `min_seconds` are over. `minutes`: of a sustain job.
+    `warmup`: so many short answers about a grey picture of one crop before anything counts. Then every ask is answered
+    greedily with exactly `tokens` tokens, a stop token does not stop it: `repeat` times, and on until `min_seconds` are
+    over. `minutes`: of a sustain job.
     """
 
     scenario: str
@@ -99,6 +117,12 @@ class Job:
 
     @property
     def id(self) -> str:
-        """Sixteen digits that are equal only for equal jobs: a run that was killed knows by them what is done."""
-        text = json.dumps(encode(self), sort_keys=True)
+        """Sixteen digits that are equal only for equal jobs: a run that was killed knows by them what is done.
+
+        Where models, pictures and the truth lie does not matter: a folder that was moved holds the same run.
+        """
+        work = replace(self.work, asks=tuple(ask.placeless for ask in self.work.asks))
+        variant = self.variant and self.variant.placeless
+        bare = replace(self, work=work, variant=variant, truth="truth" if self.truth else "")
+        text = json.dumps(encode(bare), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -30,7 +30,6 @@ class Asked:
     samples: list[Sample] = field(default_factory=list)
     counts: dict[str, Counts] = field(default_factory=dict)
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class Subject:
@@ -61,7 +60,6 @@ class Subject:
         for _ in self._turns(work, began):
             for ask in work.asks:
                 out.samples.append(self._sample(ask, work, time.perf_counter() - began, out))
-        out.seconds = time.perf_counter() - began
         return out
 
     def follow(self, ask: Ask, tokens: Sequence[int]) -> F32:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from vlmedge.bundle import open_bundle
+from vlmedge.device_bench.hosts.files import source_folder
 from vlmedge.errors import UsageError
 from vlmedge.loading import describe
 from vlmedge.progress import Progress
@@ -71,10 +72,11 @@ def _own_dtype(source: str, allow_pickle: bool) -> str:
 
 def _labels(names: Sequence[str]) -> list[str]:
     """The last part of each path, where that is enough to tell them apart; other names as they are."""
-    last = [Path(name).resolve().name if os.path.isdir(name) else name for name in names]
+    last = [Path(os.path.abspath(name)).name if os.path.isdir(name) else name for name in names]
     return last if len(set(last)) == len(names) else list(names)
 
 
 def _absolute(name: str) -> str:
-    """A folder's whole path: a worker may be started elsewhere. Other names (of the hub, demo:...) as they are."""
-    return os.path.abspath(name) if os.path.exists(name) else name
+    """A folder's whole path: a worker may be started elsewhere. Other names (releases, hub, demo:...) as they are."""
+    folder = source_folder(name)
+    return name if folder is None else os.path.abspath(folder)

@@ -15,12 +15,10 @@ def drop(files: Iterable[Path]) -> bool:
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in files:
-        handle = os.open(file, os.O_RDONLY)
         try:
-            os.fsync(handle)  # what is not written yet would stay
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())  # what is not written yet would stay
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError:
             return False
-        finally:
-            os.close(handle)
     return True

@@ -86,7 +86,7 @@ class Plan:
 
         Where the files lie does not matter, nor what cannot be run, nor a sustained curve beside the rest.
         """
-        asks = tuple(replace(ask, picture="") for ask in self.scenario.asks)
+        asks = tuple(ask.placeless for ask in self.scenario.asks)
         bare = replace(
             self,
             scenario=replace(self.scenario, asks=asks, rounds=1),
@@ -246,4 +246,4 @@ def _check(models: Sequence[Model], places: Sequence[Place], options: Options) -
 
 def _bare(seat: Seat) -> Seat:
     """A seat without the place where its model lies."""
-    return replace(seat, variant=replace(seat.variant, source=""))
+    return replace(seat, variant=seat.variant.placeless)

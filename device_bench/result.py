@@ -82,7 +82,8 @@ class Memory:
 class Energy:
     """Joules of the measured samples, from `counter`; None with the reason where there is no counter.
 
-    It is what the whole package or device took, idle included.
+    It is what the whole package or device took, idle included, and the next question about each picture
+    (`Sample.ms["next_first_token"]`).
     """
 
     joules: float | None
@@ -178,8 +179,9 @@ class Record:
 
     `job` is `Job.id`. `started`: UTC, ISO 8601. `seconds`: of the whole process. `ceiling`: the last anchor's of the
     same device and thread count. `reached`: fractions of it by stage: "vision", "prefill" (of the fastest product's
-    rate), "decode" (of the bandwidth). `drift`: how much slower than at the start the anchors around the job were
-    (0.03: 3 %), None without anchors. `again`: how often the job was run before, because its anchors had drifted.
+    rate), "decode" (of the bandwidth). `drift`: how much slower than at the start the last anchor before the job was
+    (0.03: 3 %), None without anchors. `again`: how often the job was run before, because the anchor after it had
+    drifted.
     """
 
     schema: Literal["vlmedge.bench/1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Final
 
+from vlmedge.device_bench.agreement import read_truth
 from vlmedge.device_bench.device_run import DeviceRun, Orders
 from vlmedge.device_bench.drift import Clock
 from vlmedge.device_bench.execution import Execution, State, make_record
@@ -18,12 +20,13 @@ from vlmedge.device_bench.job import Job
 from vlmedge.device_bench.journal import Journal
 from vlmedge.device_bench.plan import Plan
 from vlmedge.device_bench.result import Record, Reply
+from vlmedge.errors import VlmedgeError
 from vlmedge.progress import Progress
 from vlmedge.staging import write_text
 
 TRUTH: Final = "truth.json"
 TIMEOUT: Final = 600.0  # seconds of a job, unless the user says otherwise
-_HERE: Final = ("local", "browser", "localhost", "127.0.0.1", "::1")  # in the names of hosts that are this machine
+_HERE: Final = {"local", "browser", "localhost", "127.0.0.1", "[::1]", "::1"}  # words in the names of hosts here
 _WAIT = 0.5  # seconds between two looks at threads: a wait without end hears no Ctrl-C on Windows
 
 
@@ -42,11 +45,11 @@ def run(
     Devices that are machines of their own work at the same time. Raises OutputError where `folder` cannot be written.
     """
     progress = progress or Progress()
-    execution = Execution(hosts, journal, clock or Clock())
+    execution = Execution(hosts, journal, timeout, clock or Clock())
     _note_absent(plan, execution)
-    truth = _reference(plan, execution, folder, progress, timeout)
+    truth = _reference(plan, execution, folder, progress)
     stop = Event()
-    orders = Orders(plan, execution, progress, truth, timeout, lambda: _check(stop))
+    orders = Orders(plan, execution, progress, truth, lambda: _check(stop))
     groups = _machines(plan.devices, hosts)
     if len(groups) == 1:
         _one_after_another(orders, groups[0])
@@ -74,7 +77,7 @@ def _note_absent(plan: Plan, execution: Execution) -> None:
             execution.journal.add(make_record(execution.journal.run, job, host, reply, started, 0.0, State()))
 
 
-def _reference(plan: Plan, execution: Execution, folder: Path, progress: Progress, timeout: float) -> str:
+def _reference(plan: Plan, execution: Execution, folder: Path, progress: Progress) -> str:
     """The file with the original's answers, made where it is not there yet; "" where there is none."""
     if plan.reference is None:
         return ""
@@ -82,11 +85,20 @@ def _reference(plan: Plan, execution: Execution, folder: Path, progress: Progres
     work = replace(plan.scenario.work, warmup=0, repeat=1, min_seconds=0.0)
     job = Job("reference", plan.reference.device, work, 1, plan.reference.variant)
     record = execution.done(job)
-    if record is None or (record.reply.status == "ok" and not path.is_file()):
+    if record is None or (record.reply.status == "ok" and not _is_whole(path)):
         progress.stage("the original's answers in float32")
-        record = execution.do(job, timeout, arrange=lambda reply: _kept(reply, path))
+        record = execution.do(job, arrange=lambda reply: _kept(reply, path))
         _tell(record, progress)
     return str(path) if record.reply.status == "ok" else ""
+
+
+def _is_whole(path: Path) -> bool:
+    """Can the truth be read? Every job would fail for one that is damaged."""
+    try:
+        read_truth(path)
+    except VlmedgeError:
+        return False
+    return True
 
 
 def _kept(reply: Reply, path: Path) -> Reply:
@@ -111,7 +123,7 @@ def _machines(devices: Sequence[str], hosts: Mapping[str, Host]) -> list[list[st
     groups: dict[str, list[str]] = {}
     for device in devices:
         name = hosts[device].name
-        here = any(word in name.lower() for word in _HERE)
+        here = not _HERE.isdisjoint(re.split(r"[ @]", name.lower()))  # not "pi@raspberrypi.local"
         # "ssh pi@10.0.0.5", "adb SERIAL", "ray ADDRESS" and, of a second node on one machine, its id behind that
         groups.setdefault("" if here else " ".join(name.split()[:2]), []).append(device)
     return list(groups.values())
@@ -136,7 +148,7 @@ def _at_once(orders: Orders, groups: Sequence[Sequence[str]], stop: Event) -> No
             errors.append(error)
             stop.set()
 
-    jobs = sum(orders.plan.scenario.rounds for _ in orders.plan.seats)
+    jobs = sum(DeviceRun(orders, device).left for devices in groups for device in devices)
     orders.progress.stage(f"{len(groups)} machines at work", jobs)
     threads = [Thread(target=work, args=(devices,), daemon=True) for devices in groups]
     for thread in threads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tomllib
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ class Scenario:
         """Refuse numbers that measure nothing, and asks that cannot be told apart."""
         least = {"tokens": 2, "warmup": 0, "repeat": 1, "min_seconds": 0, "rounds": 1}
         for key, bound in least.items():
-            if getattr(self, key) < bound:
+            if not bound <= getattr(self, key) < math.inf:
                 raise UsageError(
                     f"the scenario '{self.name}' has {key} = {getattr(self, key)}; it must be at least {bound}"
                 )

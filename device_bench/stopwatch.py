@@ -1,4 +1,4 @@
-"""A session that notes when each of its calls began and ended, and what it took in."""
+"""A session that notes when its calls ended, and what they took in."""
 
 from __future__ import annotations
 
@@ -7,26 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmedge.relay import Relay
-from vlmedge.session import F32, I32, U8, Grid, Session, Step
+from vlmedge.session import F32, I32, U8, Session, Step
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: "vision" of `size` crops, "project", or "forward" of `size` positions; seconds of `perf_counter`."""
+    """One call: "vision" of `size` crops or "forward" of `size` positions; `end` in seconds of `perf_counter`."""
 
     name: str
     size: int
-    start: float
     end: float
-
-    @property
-    def ms(self) -> float:
-        """Milliseconds."""
-        return (self.end - self.start) * 1000
 
 
 class Stopwatch(Relay):
-    """Passes every call on; `calls` are those since `reset`. It adds two readings of a clock to a call."""
+    """Passes every call on; `calls` are those since `reset`. It adds one reading of a clock to a call."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -38,24 +32,12 @@ class Stopwatch(Relay):
 
     def vision(self, pixels: U8) -> F32:
         """Encode crops."""
-        start = time.perf_counter()
         out = self._session.vision(pixels)
-        self._note("vision", len(pixels), start)
-        return out
-
-    def project(self, features: F32, tiling: Grid) -> F32:
-        """Project one picture's features."""
-        start = time.perf_counter()
-        out = self._session.project(features, tiling)
-        self._note("project", len(features), start)
+        self.calls.append(Call("vision", len(pixels), time.perf_counter()))
         return out
 
     def forward(self, inputs: F32 | I32, **how: Any) -> Step:
         """Append positions."""
-        start = time.perf_counter()
         out = self._session.forward(inputs, **how)
-        self._note("forward", len(inputs), start)
+        self.calls.append(Call("forward", len(inputs), time.perf_counter()))
         return out
-
-    def _note(self, name: str, size: int, start: float) -> None:
-        self.calls.append(Call(name, size, start, time.perf_counter()))

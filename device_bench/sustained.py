@@ -10,8 +10,3 @@ from vlmedge.device_bench.job import Job, Variant, Work
 def sustain_job(device: str, variant: Variant, work: Work, minutes: float, truth: str = "") -> Job:
     """A job that answers the asks over and over for so many minutes."""
     return Job("sustain", device, replace(work, minutes=minutes), 1, variant, truth)
-
-
-def sustain_timeout(minutes: float, timeout: float) -> float:
-    """Seconds that it may take: its minutes, and for the rest what every job has."""
-    return minutes * 60 + timeout

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vlmedge.device_bench.execution import ON_PROCESSOR, medians
+from vlmedge.device_bench.execution import medians
 from vlmedge.device_bench.job import Job, Variant, Work
 from vlmedge.device_bench.result import Record
 
@@ -35,11 +35,6 @@ def thread_counts(logical: int, physical: int | None) -> tuple[int, ...]:
     """1, 2, 4, ... up to the logical processors, these, and the physical cores."""
     found = {1 << n for n in range(logical.bit_length()) if 1 << n <= logical} | {logical}
     return tuple(sorted(found | ({physical} if physical else set())))
-
-
-def can_be_tuned(variant: Variant) -> bool:
-    """Do threads mean something to it?"""
-    return variant.unit in ON_PROCESSOR
 
 
 def tuning_job(device: str, variant: Variant, work: Work, threads: int) -> Job:

@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -19,15 +21,17 @@ from vlmedge.device_bench.agreement import Truth
 from vlmedge.device_bench.costs import costs
 from vlmedge.device_bench.energy import meter, metered
 from vlmedge.device_bench.environment import environment
+from vlmedge.device_bench.hosts.files import source_folder
 from vlmedge.device_bench.job import Job, Variant
 from vlmedge.device_bench.measuring import Asked, Subject
 from vlmedge.device_bench.others import Others
 from vlmedge.device_bench.page_cache import drop
 from vlmedge.device_bench.result import Agreement, Load, Memory, Reply
 from vlmedge.errors import MissingExtraError, UnavailableError, VlmedgeError
-from vlmedge.loading import load
+from vlmedge.loading import describe, load
 from vlmedge.records import decode, encode
 from vlmedge.runtimes import RUNTIMES
+from vlmedge.skills import Model
 
 
 def work(job: Job) -> Reply:
@@ -76,12 +80,21 @@ def _model(job: Job, variant: Variant) -> Reply:
     """Open a variant's model and measure it."""
     if variant.affinity and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, variant.affinity)
-    import_ms = _timed(lambda: [importlib.import_module(name) for name in RUNTIMES[variant.runtime].libraries])
-    files = _cached(job, Path(variant.source))
+    folder = source_folder(variant.source) or _fetched(variant)
+    import_ms = _timed(lambda: _import(RUNTIMES[variant.runtime].libraries))
+    files = _cached(job, folder)
     memory.reset_peak()
     baseline = memory.resident_mb()
     start = time.perf_counter()
-    model = load(
+    model = _open(variant)
+    load_ms = (time.perf_counter() - start) * 1000
+    with model:
+        reply = _measured(job, variant, model, baseline)
+    return replace(reply, load=Load(round(load_ms, 2), round(import_ms, 2), files))
+
+
+def _open(variant: Variant) -> Model:
+    return load(
         variant.source,
         variant.runtime,
         variant.threads,
@@ -91,33 +104,49 @@ def _model(job: Job, variant: Variant) -> Reply:
         provider=variant.unit,
         allow_pickle=variant.allow_pickle,
     )
-    load_ms, loaded = (time.perf_counter() - start) * 1000, memory.resident_mb()
-    with model:
-        subject = Subject(model)
-        subject.warm_up(job.work)
-        others = Others()
-        with metered(meter(variant.unit)) as energy:
-            asked = subject.measure(job.work)
-        taken = others.mean()
-        anonymous, mapped = memory.split_mb()
-        used = Memory(baseline, loaded, memory.peak_mb(), anonymous, mapped, memory.gpu_peak_mb())
-        info = model.session.info()
-        facts = environment() | {"session": info}
-        if job.kind == "reference":
-            facts["truth"] = encode(_truth(variant, subject, asked, job))
-        return Reply(
-            "ok",
-            load=Load(round(load_ms, 2), round(import_ms, 2), files),
-            samples=tuple(asked.samples),
-            counts=tuple(asked.counts.values()),
-            memory=used,
-            energy=energy.energy(len(asked.samples)),
-            agreement=_agreement(job, subject, asked),
-            costs=costs(variant, model.spec, _positions(asked)),
-            others=taken,
-            threads=info.get("threads"),
-            environment=facts,
-        )
+
+
+def _measured(job: Job, variant: Variant, model: Model, baseline: float | None) -> Reply:
+    """Time and weigh an opened model first; then what would disturb both."""
+    loaded = memory.resident_mb()
+    subject = Subject(model)
+    subject.warm_up(job.work)
+    others = Others()
+    with metered(meter(variant.unit)) as energy:
+        asked = subject.measure(job.work)
+    taken = others.mean()
+    anonymous, mapped = memory.split_mb()
+    used = Memory(baseline, loaded, memory.peak_mb(), anonymous, mapped, memory.gpu_peak_mb())
+    info = model.session.info()
+    facts = environment() | {"session": info}
+    if job.kind == "reference":
+        facts["truth"] = encode(_truth(variant, subject, asked, job))
+    return Reply(
+        "ok",
+        samples=tuple(asked.samples),
+        counts=tuple(asked.counts.values()),
+        memory=used,
+        energy=energy.energy(len(asked.samples)),
+        agreement=_agreement(job, subject, asked),
+        costs=costs(variant, model.spec, _positions(asked)),
+        others=taken,
+        threads=info.get("threads"),
+        environment=facts,
+    )
+
+
+def _fetched(variant: Variant) -> Path:
+    """The folder of a checkpoint that has a name: neither asking the hub nor what it sends is a part of opening."""
+    folder = describe(variant.source, allow_pickle=variant.allow_pickle).checkpoint.folder
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return folder
+
+
+def _import(libraries: Sequence[str]) -> None:
+    """Import what can be imported; why something cannot, opening tells better."""
+    for name in libraries:
+        with suppress(ImportError, OSError, RuntimeError):
+            importlib.import_module(name)
 
 
 def _truth(variant: Variant, subject: Subject, asked: Asked, job: Job) -> Truth:
@@ -147,13 +176,11 @@ def _positions(asked: Asked) -> int:
     return round(sum(c.image_tokens + c.prompt_tokens + c.generated / 2 for c in counts) / max(1, len(counts)))
 
 
-def _cached(job: Job, source: Path) -> Literal["cold", "warm", ""]:
-    """Where opening finds the model's files; "" where that is not known: of a name, or where nothing can be dropped."""
-    if not source.is_dir():
-        return ""
+def _cached(job: Job, folder: Path) -> Literal["cold", "warm", ""]:
+    """Where opening finds the model's files; "" where that is not known, because nothing can be dropped."""
     if not job.cold:
-        return "warm"  # an earlier round has read them
-    return "cold" if drop(path for path in sorted(source.rglob("*")) if path.is_file()) else ""
+        return "warm"  # the run has read them: hashed here, copied there, opened in round 1
+    return "cold" if drop(path for path in sorted(folder.rglob("*")) if path.is_file()) else ""
 
 
 def _timed(run: Callable[[], object]) -> float:

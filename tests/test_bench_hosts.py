@@ -11,7 +11,7 @@ import pytest
 from tests.bench_hosts import alive, check_reply, gone, real_job
 from vlmedge.device_bench.device import Device
 from vlmedge.device_bench.hosts import guard, process
-from vlmedge.device_bench.hosts.files import parcels, renamed, source_folder
+from vlmedge.device_bench.hosts.files import parcels, renamed
 from vlmedge.device_bench.hosts.host import Output
 from vlmedge.device_bench.hosts.local import LocalHost
 from vlmedge.device_bench.hosts.process import run_process
@@ -19,6 +19,7 @@ from vlmedge.device_bench.job import Ask, Job, Variant, Work
 from vlmedge.device_bench.outcome import read_reply, read_units
 from vlmedge.device_bench.result import Reply, Sample
 from vlmedge.errors import RuntimeFailedError, UsageError
+from vlmedge.loading import local_folder
 from vlmedge.records import encode
 
 JOB = Job("anchor", "here", Work("fake", (), 1), threads=1)
@@ -159,7 +160,7 @@ def test_the_files_of_a_job(bundle, photo, tmp_path, monkeypatch):
     (tmp_path / "moondream2").mkdir()
     (tmp_path / "moondream2/config.json").touch()
     for name in ("demo:moondream2", "moondream2", "vikhyatk/moondream2"):  # names, whatever lies there
-        assert source_folder(name) is None
+        assert local_folder(name) is None
     with pytest.raises(UsageError, match="there is no file"):
         list(parcels(renamed(job, {str(photo): str(tmp_path / "none.png")})))
 

@@ -15,7 +15,18 @@ import pytest
 
 from vlmedge.bundle import open_bundle
 from vlmedge.device_bench import ceiling, costs, memory
-from vlmedge.device_bench.energy import COUNTERS, ORDER, battery, jetson, meter, metered, nvidia, powermetrics, rapl
+from vlmedge.device_bench.energy import (
+    COUNTERS,
+    OTHER,
+    PROCESSOR,
+    battery,
+    jetson,
+    meter,
+    metered,
+    nvidia,
+    powermetrics,
+    rapl,
+)
 from vlmedge.device_bench.energy.meter import Counted, Register, Sampled, Watched
 from vlmedge.device_bench.environment import cpu_flags, environment, ram_bytes, windows_ram
 from vlmedge.device_bench.job import Variant
@@ -355,12 +366,13 @@ def test_powermetrics(tmp_path):
 
 
 def test_which_counter_is_taken():
-    assert set(COUNTERS) == {name for names in ORDER.values() for name in names}
+    assert set(COUNTERS) == {*PROCESSOR, *OTHER}
     working = {name: Watched(name, Sampled(lambda: 1.0), 1.0) for name in COUNTERS}
     have = {name: (lambda name=name: working[name]) for name in COUNTERS}
     assert [meter(unit, have).name for unit in ("cpu", "cuda", "metal")] == ["jetson"] * 3
     have |= {"jetson": lambda: ""}
-    assert [meter(unit, have).name for unit in ("cpu", "cuda", "metal")] == ["rapl", "nvidia", "nvidia"]
+    found = [meter(unit, have).name for unit in ("cpu", "cuda", "metal", "xnnpack", "wasm")]
+    assert found == ["rapl", "nvidia", "nvidia", "rapl", "rapl"]
     have |= {"rapl": lambda: "chmod it", "powermetrics": lambda: "", "battery": lambda: "unplug it"}
     assert meter("cpu", have) == "chmod it; unplug it"
     assert "no energy counter for 'cuda'" in meter("cuda", {name: lambda: "" for name in COUNTERS})

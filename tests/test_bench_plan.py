@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmedge.device_bench import models as models_module
 from vlmedge.device_bench.models import look
 from vlmedge.device_bench.plan import Options, Place, make_plan
 from vlmedge.device_bench.scenario import Scenario, load_scenario, scenario_names
@@ -69,6 +70,8 @@ def test_an_own_scenario(scenario, tmp_path):
         ("tokens = 1", None, "tokens = 1; it must be at least 2"),
         ("token = 4", None, "unknown key 'token'; did you mean 'tokens'"),
         ("tokens = 4\nrounds = 0", None, "rounds = 0"),
+        ("tokens = 4\nmin_seconds = inf", None, "min_seconds = inf"),
+        ("tokens = 4\nmin_seconds = nan", None, "min_seconds = nan"),
         (None, 'name = "a"\npicture = "none.png"\n', "neither at .*none.png nor among those that ship"),
         (None, 'name = "a"\npicture = "mine.png"\n[[ask]]\nname = "a"\npicture = "mine.png"\n', "two asks named 'a'"),
         ("tokens = ", None, "is not TOML"),
@@ -157,6 +160,18 @@ def test_models_are_named_once(bundle, bundle_copy, golden, tmp_path):
     (model,) = look([str(golden)], None)  # a checkpoint as a source: the original's runtime, in its own type only
     plan = make_plan([model], [HERE], QUICK)
     assert (labels(plan), plan.reference) == (["tiny-mha bf16"], None)
+
+
+def test_a_name_means_what_it_means_everywhere(golden, tmp_path, monkeypatch):
+    """A folder of the name of a release is not taken for it; a link is called what the user calls it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").symlink_to(golden)
+    (tmp_path / "moondream2").symlink_to(golden)
+    (model,) = look(["mine"], None)
+    assert (model.subject.source, model.subject.label) == (str(tmp_path / "mine"), "mine")
+    monkeypatch.setattr(models_module, "examine", lambda source, *_, **__: pytest.fail(source))
+    with pytest.raises(pytest.fail.Exception, match="^moondream2$"):
+        look(["moondream2"], None)
 
 
 def test_the_same_plan_wherever_its_files_lie(bundle, bundle_copy):

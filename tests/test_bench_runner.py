@@ -16,14 +16,16 @@ from vlmedge.device_bench import bench as bench_module
 from vlmedge.device_bench.bench import bench
 from vlmedge.device_bench.device import load_device, open_host
 from vlmedge.device_bench.drift import Clock
+from vlmedge.device_bench.execution import Execution
 from vlmedge.device_bench.job import Ask, Job, Variant
 from vlmedge.device_bench.journal import opened
 from vlmedge.device_bench.models import look
 from vlmedge.device_bench.plan import Absent, Place, Plan, Seat, make_plan
+from vlmedge.device_bench.report.chosen import last_tries
 from vlmedge.device_bench.report.load import read_records
 from vlmedge.device_bench.report.summary import summarise
 from vlmedge.device_bench.result import Ceiling, Costs, Counts, Reply, Sample
-from vlmedge.device_bench.runner import run
+from vlmedge.device_bench.runner import _machines, run
 from vlmedge.device_bench.scenario import Scenario, load_scenario
 from vlmedge.device_bench.tuning import thread_counts, tuned
 from vlmedge.errors import OutputError, RuntimeFailedError, UsageError
@@ -91,6 +93,7 @@ class FakeHost:
         reply = replies.pop(0) if replies else answer()
         if isinstance(reply, BaseException):
             raise reply
+        self.seconds += timeout * (reply.status == "hung")
         return reply
 
     @property
@@ -155,8 +158,11 @@ def test_the_original_answers_first(go, tmp_path):
     assert (first.kind, first.reply.environment) == ("reference", {"cpu": "a fast one"})
     assert json.loads((tmp_path / "truth.json").read_text()) == {"model": "x", "asks": []}
     assert [job.truth for job, _ in host.jobs] == ["", "", str(tmp_path / "truth.json"), ""]
-    (tmp_path / "truth.json").unlink()
-    assert len(go(plan, host)[0]) == len(records) + 1  # asked again, and nothing else
+    for damage in (Path.unlink, lambda path: path.write_text("{")):
+        damage(tmp_path / "truth.json")
+        assert len(go(plan, host)[0]) == len(records) + 1  # asked again, and nothing else
+        assert len(go(plan, host)[0]) == len(records) + 1
+        records.append(records[0])
 
 
 def test_an_original_that_fails_is_told_and_not_needed(go, tmp_path):
@@ -216,6 +222,44 @@ def test_failures_are_rows_and_two_in_a_row_end_a_variant(go):
     again, _ = go(plan_of("a", "b", "c", "d", rounds=5), host)
     assert [job.variant.label for job, _ in host.jobs[before:] if job.variant] == ["d"] * 4  # what was lost, and on
     assert [r.reply.status for r in again if r.variant and r.variant.label == "d"] == ["failed", "lost", *["ok"] * 4]
+
+
+def test_what_hung_is_tried_again_where_it_has_more_time(go):
+    hung = Reply("hung", "took too long")
+    host = FakeHost(script={"a": [hung, hung]})
+    plan = plan_of("a", rounds=3)
+    assert [r.reply.status for r in go(plan, host, timeout=9)[0] if r.variant] == ["hung"] * 2
+    before = len(host.jobs)
+    go(plan, host, timeout=9)
+    assert len(host.jobs) == before
+    records, _ = go(plan, host, timeout=90)
+    assert [r.reply.status for r in last_tries(records) if r.variant] == ["ok"] * 3
+    patient = replace(plan, scenario=plan.scenario.changed(min_seconds=50))
+    host = FakeHost()
+    execution = Execution({"local": host}, None, 9)
+    assert [execution.limit(job) for job in (Job("measure", "local", p.scenario.work) for p in (plan, patient))] == [
+        9,
+        59,
+    ]
+
+
+def test_a_run_that_was_moved_goes_on(go, tmp_path):
+    """Where models, pictures and the truth lie is no difference between jobs."""
+    plan = plan_of("a", "b", rounds=1, reference=Seat("local", variant("original f32")))
+    host = FakeHost()
+    records, _ = go(plan, host)
+    seats = tuple(replace(s, variant=replace(s.variant, source=f"/elsewhere/{s.variant.label}")) for s in plan.seats)
+    asks = tuple(replace(ask, picture="/elsewhere/b.png") for ask in plan.scenario.asks)
+    moved = replace(plan, seats=seats, scenario=replace(plan.scenario, asks=asks))
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    for name in ("records.jsonl", "truth.json"):
+        (tmp_path / name).rename(folder / name)
+    with opened(folder, moved.digest) as journal:
+        run(moved, {"local": host}, journal, folder, clock=host.clock)
+    assert len(read_records(folder)) == len(records)
+    job = Job("measure", "local", plan.scenario.work, variant=variant("a"))
+    assert len({j.id for j in (job, replace(job, truth="/t"), replace(job, cold=True), replace(job, round=2))}) == 4
 
 
 def test_a_stopped_run_goes_on(go, tmp_path):
@@ -291,6 +335,18 @@ def test_a_folder_belongs_to_one_run_and_one_process(tmp_path, go, monkeypatch):
         with pytest.raises(OutputError, match="is full; free some space: the records so far are kept"):
             journal.add(journal.records[0])
         monkeypatch.undo()
+    write = os.write
+
+    def half(fd, data):
+        monkeypatch.setattr(os, "write", full)  # the disk is full in the middle of a line
+        return write(fd, data[: len(data) // 2])
+
+    with opened(tmp_path, digest) as journal:
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OutputError, match="is full"):
+            journal.add(journal.records[0])
+        monkeypatch.undo()
+        assert (tmp_path / "records.jsonl").read_bytes() == before
     (tmp_path / "records.jsonl").write_bytes(b"{}\n" + before)
     with pytest.raises(UsageError, match="line 1 has no schema"), opened(tmp_path, digest):
         pass
@@ -343,6 +399,9 @@ def test_machines_work_at_the_same_time(go):
     for device, host in hosts.items():
         assert "".join(host.order) == "*abba*"
         assert {r.host for r in records if r.device == device} == {host.name}
+    names = ("local", "browser chromium", "ssh me@localhost", "ssh pi@a.local", "ssh pi@b.local", "ray 10.0.0.1 af")
+    found = _machines("abcdef", {d: FakeHost(name) for d, name in zip("abcdef", names, strict=True)})
+    assert found == [["a", "b", "c"], ["d"], ["e"], ["f"]]
     hosts["phone"].run = None  # not even callable: an error of ours is raised here, not lost in a thread
     with pytest.raises(TypeError):
         go(replace(plan, seats=tuple(seats), scenario=plan.scenario.changed(rounds=3)), FakeHost(), hosts=hosts)
@@ -351,7 +410,7 @@ def test_machines_work_at_the_same_time(go):
 def test_bench_writes_its_reports_also_when_it_is_stopped(bundle, tmp_path, monkeypatch):
     host = FakeHost()
     host.script[bundle.name] = [answer(), KeyboardInterrupt()]
-    monkeypatch.setattr(bench_module, "open_host", lambda device: host)
+    monkeypatch.setattr(bench_module, "open_host", lambda device, tell=None: host)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         bench([bundle], scenario="quick", rounds=3, out=out)

@@ -7,16 +7,20 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
+from tests.hub_server import HubServer, Repo
 from vlmedge.bundle import open_bundle
 from vlmedge.device_bench import agreement, worker
 from vlmedge.device_bench.job import Ask, Job, Variant, Work
 from vlmedge.device_bench.result import Reply
+from vlmedge.errors import RuntimeFailedError
 from vlmedge.loading import load
 from vlmedge.records import decode, encode
 from vlmedge.subject import examine
@@ -160,13 +164,41 @@ def test_what_cannot_be_done_is_a_reply(bundle, changes, work, status, reason):
 def test_min_seconds_and_minutes_go_on(golden):
     with load(golden, threads=1) as model:
         subject = worker.Subject(model)
-        longer = subject.measure(replace(BRIEF, min_seconds=0.3))
-        assert longer.seconds >= 0.3
-        assert len(longer.samples) > 1
-        sustained = subject.measure(replace(BRIEF, minutes=0.3 / 60))
-        assert sustained.seconds >= 0.3
+        for longer in (replace(BRIEF, min_seconds=0.3), replace(BRIEF, minutes=0.3 / 60)):
+            start = time.perf_counter()
+            sustained = subject.measure(longer)
+            assert time.perf_counter() - start >= 0.3
+            assert len(sustained.samples) > 1
         assert all(sample.token_ms == () for sample in sustained.samples)
         assert sustained.samples[-1].at > sustained.samples[0].at
+
+
+def test_a_model_of_the_hub_is_fetched_before_it_is_opened(golden, tmp_path, monkeypatch):
+    """Asking the hub again and again would stand in every load."""
+    files = {path.name: path.read_bytes() for path in golden.iterdir() if path.is_file()}
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = []
+    with HubServer({"owner/tiny": Repo({"a" * 40: files}, {"main": "a" * 40})}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            worker, "load", lambda *args, **kwargs: asked.append(len(hub.requests)) or load(*args, **kwargs)
+        )
+        job = Job(
+            "measure", "local", BRIEF, variant=replace(variant(golden, "torch", dtype="f32"), source="owner/tiny")
+        )
+        reply = worker.work(replace(job, cold=True))
+        assert reply.status == "ok", reply.reason
+        assert asked[0] == len(hub.requests) > 0
+    assert reply.load.files == "cold"
+
+
+def test_logits_that_are_no_numbers_are_told():
+    with pytest.raises(RuntimeFailedError, match="its logits are NaN or infinite"):
+        agreement.truth_of("a", (0,), np.array([[1.0, np.nan]], np.float32))
+    with pytest.raises(RuntimeFailedError, match="its logits are NaN or infinite"):
+        agreement.truth_of("a", (0,), np.array([[1.0, np.inf]], np.float32))
 
 
 def test_following_ones_own_answer_chooses_it_again(golden):

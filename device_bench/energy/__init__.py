@@ -11,6 +11,7 @@ from typing import TypeAlias
 from vlmedge.device_bench.energy import battery, jetson, powermetrics, rapl
 from vlmedge.device_bench.energy.meter import Meter
 from vlmedge.device_bench.energy.nvidia import find as find_nvidia
+from vlmedge.device_bench.job import ON_PROCESSOR
 from vlmedge.device_bench.result import Energy
 from vlmedge.errors import RuntimeFailedError
 
@@ -24,11 +25,9 @@ COUNTERS: Mapping[str, Find] = {
     "powermetrics": powermetrics.find,  # a Mac's processor, GPU and neural engine
     "battery": battery.find,  # the whole device, screen included, in coarse steps: the last resort
 }
-# What computes -> the counters that see it, the best first. `OTHER` is any GPU or neural unit: packages do not have it.
-ORDER: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("jetson", "rapl", "powermetrics", "battery"),
-    "OTHER": ("jetson", "nvidia", "powermetrics", "battery"),
-}
+# The counters that see the processor, the best first; and those that see any GPU or neural unit, which packages do not.
+PROCESSOR = ("jetson", "rapl", "powermetrics", "battery")
+OTHER = ("jetson", "nvidia", "powermetrics", "battery")
 
 
 def meter(unit: str = "cpu", counters: Mapping[str, Find] = COUNTERS) -> Meter | str:
@@ -37,7 +36,7 @@ def meter(unit: str = "cpu", counters: Mapping[str, Find] = COUNTERS) -> Meter |
     `unit`: as `Variant.unit`.
     """
     reasons = []
-    for name in ORDER.get(unit, ORDER["OTHER"]):
+    for name in PROCESSOR if unit in ON_PROCESSOR else OTHER:
         found = counters[name]()
         if not isinstance(found, str):
             return found

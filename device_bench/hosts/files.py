@@ -10,9 +10,7 @@ from pathlib import Path
 
 from vlmedge.device_bench.job import Job
 from vlmedge.errors import UsageError
-from vlmedge.families import known_models
-from vlmedge.loading import names_bundle
-from vlmedge.sources import DEMO
+from vlmedge.loading import local_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +35,9 @@ class Parcel:
     files: tuple[Stored, ...]
 
 
-def source_folder(source: str) -> Path | None:
-    """The folder of a model that lies here; None for a name that any machine can open (demo, release, hub id)."""
-    path = Path(os.path.expanduser(source))
-    named = source.startswith(DEMO) or source.partition("@")[0] in known_models()
-    return path if names_bundle(source) or (path.exists() and not named) else None
-
-
 def parcels(job: Job) -> Iterator[Parcel]:
     """Everything of the job that lies here. Raises UsageError for a file that is not there."""
-    folder = source_folder(job.variant.source) if job.variant else None
+    folder = local_folder(job.variant.source) if job.variant else None
     if job.variant and folder is not None:
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder}")
@@ -75,8 +66,11 @@ def _single(name: str, sha256: str = "") -> Parcel:
 
 
 def _inside(folder: Path, top: str) -> Iterator[Stored]:
-    """Every file of a bundle or checkpoint but hidden ones; links are followed, as the hub's cache is made of them."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    """Every file of a bundle or checkpoint but hidden ones.
+
+    Links to files are followed, as the hub's cache is made of them; links to folders are not, they may go in circles.
+    """
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(parent, name)

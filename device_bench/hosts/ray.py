@@ -14,14 +14,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from vlmedge import __version__
-from vlmedge.device_bench.hosts.files import renamed, source_folder
+from vlmedge.device_bench.hosts.files import renamed
 from vlmedge.device_bench.hosts.host import Host, Output, Units
 from vlmedge.device_bench.hosts.local import UNITS, UNITS_TIME, WORKER, job_line, run_guarded
 from vlmedge.device_bench.job import Job
 from vlmedge.device_bench.outcome import read_reply, read_units
 from vlmedge.device_bench.result import Reply
 from vlmedge.errors import RuntimeFailedError, VlmedgeError
-from vlmedge.raycluster import NOBODY, Node, Ray, check_file, connected, cpus, errand, failed, nodes, one_line
+from vlmedge.loading import local_folder
+from vlmedge.raycluster import NOBODY, Node, Ray, cancel, check_file, connected, cpus, errand, failed, nodes, one_line
 from vlmedge.records import decode
 
 GUIDE: Final = "docs/bench.md"
@@ -71,7 +72,7 @@ class RayHost:
 
     def run(self, job: Job, timeout: float) -> Reply:
         """Run the job there in a fresh process, under `guard`: it ends with its task."""
-        folder = source_folder(job.variant.source) if job.variant else None
+        folder = local_folder(job.variant.source) if job.variant else None
         if job.variant and folder is not None:
             job = renamed(job, {job.variant.source: os.path.abspath(folder)})
         try:
@@ -85,10 +86,7 @@ class RayHost:
         """Nothing was kept."""
 
     def _send(self, line: str, timeout: float, files: Mapping[str, bytes]) -> Output | Reply:
-        """How the process there ended, or why there was none.
-
-        A task is cancelled only where it still runs: Ray 2.60 ends this whole process over one that has just replied.
-        """
+        """How the process there ended, or why there was none."""
         errors = self._ray.exceptions
         try:
             reference = self._task.remote(__version__, line, timeout, self._command, files)
@@ -107,7 +105,7 @@ class RayHost:
         try:
             answer: str = self._ray.get(reference, timeout=timeout)
         except (self._ray.exceptions.GetTimeoutError, KeyboardInterrupt):
-            self._ray.cancel(reference, force=True)
+            cancel(self._ray, [reference])
             raise
         return answer
 

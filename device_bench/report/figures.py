@@ -8,7 +8,7 @@ from typing import Final
 
 from vlmedge.device_bench.report.chosen import counted, samples
 from vlmedge.device_bench.report.rows import TOP1_LEAST, Row, ask_names
-from vlmedge.device_bench.report.stages import PARTS, REST, STAGES
+from vlmedge.device_bench.report.stages import AFTER, PARTS, REST, STAGES
 from vlmedge.device_bench.report.statistics import Figures
 from vlmedge.device_bench.report.summary import Anchor, Summary
 from vlmedge.device_bench.report.sustained import Sustained
@@ -22,28 +22,32 @@ from vlmedge.webpage.scale import LinearAxis, linear_axis
 from vlmedge.webpage.scatter import Point, scatter
 from vlmedge.webpage.strips import Strip, strips
 
-_NAMES: Final = (*(STAGES[p].title for p in PARTS), REST)
+_NAMES: Final = (*(STAGES[p].title for p in PARTS), REST, AFTER)
 _MEMORY: Final = ("before opening", "added by the model")
 _FAR = 0.99  # of the samples lie within a strip's scale
 _WIDEST = 0.5  # and at most so far from the median
 
 
 def breakdown(summary: Summary) -> Html:
-    """The first token's parts: in mean over the questions, and of the quickest and the slowest question."""
+    """The parts of an answer in mean over the questions, and of the first token: of the quickest and slowest one."""
     rows = [row for row in measured(summary) if "first_token" in row.stages]
     if not rows:
         return Html()
-    whole = [(name(row, summary), row.stages) for row in rows]
-    plots = [_parts("Time to the first token", "milliseconds, mean over the questions", whole)]
+    mean = [(name(row, summary), row.stages) for row in rows]
+    whole = [(label, of) for label, of in mean if "end_to_end" in of]
+    plots = [_parts("An answer", f"{_OVER}, {summary.work.tokens} tokens", whole, "end_to_end")] if whole else []
     asks = [(n, of) for n, of in _ordered(summary, rows) if len(of) == len(rows)]
-    ends = (("quickest", asks[0]), ("slowest", asks[-1])) if len(asks) > 1 else ()
-    for word, (ask, of) in ends:
-        plots.append(_parts(f"The {word} question: {ask}", "milliseconds", of))
-    used = {piece for row in rows for piece, _ in parts(row.stages)}
+    if len(asks) > 1:
+        for word, (ask, of) in (("quickest", asks[0]), ("slowest", asks[-1])):
+            plots.append(_parts(f"The first token, {word}: {ask}", "milliseconds", of))
+    else:
+        plots.append(_parts("The first token", _OVER, mean))
+    used = {piece for row in rows for piece, _ in parts(row.stages, "end_to_end")}
     keys = [(sign, piece) for piece, sign in plot.colours((), _NAMES).items() if piece in used]
     return join(plot.legend(keys), element("div", *plots, class_="plots"))
 
 
+_OVER: Final = "milliseconds, mean over the questions"
 _Parts = list[tuple[str, dict[str, Figures]]]
 
 
@@ -57,8 +61,8 @@ def _ordered(summary: Summary, rows: Sequence[Row]) -> list[tuple[str, _Parts]]:
     return [(ask, of) for _, ask, of in sorted(found, key=lambda f: f[0])]
 
 
-def _parts(title: str, sentence: str, rows: _Parts) -> Html:
-    found = [plot.Stack(label, parts(of), f"{number(of['first_token'].median)} ms") for label, of in rows]
+def _parts(title: str, sentence: str, rows: _Parts, whole: str = "first_token") -> Html:
+    found = [plot.Stack(label, parts(of, whole), f"{number(of[whole].median)} ms") for label, of in rows]
     spoken = "; ".join(f"{row.label} {row.note}" for row in found)
     return plot.figure(title, sentence, plot.stacks(found, title, spoken, _NAMES))
 

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from typing import Final, TypeVar
 
 from vlmedge.device_bench.job import Variant
-from vlmedge.device_bench.report.chosen import counted, samples
+from vlmedge.device_bench.report.chosen import counted, is_calm, samples
 from vlmedge.device_bench.report.stages import STAGES
 from vlmedge.device_bench.report.statistics import Figures, Ratio, Samples, figures
 from vlmedge.device_bench.result import AskAgreement, Ceiling, Costs, Counts, Record
@@ -45,8 +45,9 @@ class Against:
 class Row:
     """What came of one variant on one device.
 
-    `statuses` counts its processes by how they ended, `reasons` are those of the failed. `rounds`: processes that its
-    numbers are made of, `left_out`: measured, but not calm. `loads`: by the state of the files ("cold", "warm", "").
+    `statuses` counts its processes by how they ended, `reasons` are those of the failed. `asked`: False for a unit that
+    is only listed. `rounds`: processes that its numbers are made of, `calm`: were they? `left_out`: measured, but not
+    calm, where others were. `loads`: by the state of the files ("cold", "warm", "").
     `stages`: over all asks (`statistics.Figures`), `asks`: of each. `memory` in MB, by `result.Memory`'s fields and
     "above_baseline"; `energy` in J per answer. `limits`: what the ceiling allows, "decode_rate" in tokens/s,
     "vision_crop" and "prefill" in ms; `reached`: the fractions of the ceiling.
@@ -57,7 +58,9 @@ class Row:
     variant: Variant
     statuses: dict[str, int]
     reasons: tuple[str, ...]
+    asked: bool
     rounds: int
+    calm: bool
     left_out: int
     loads: dict[str, Figures]
     imports: Figures | None
@@ -110,7 +113,9 @@ def row(variant: Variant, records: Sequence[Record]) -> Row:
         variant=variant,
         statuses=dict(Counter(r.reply.status for r in records)),
         reasons=tuple(dict.fromkeys(r.reply.reason for r in records if r.reply.reason)),
+        asked=any(r.round > 0 for r in records),
         rounds=len(used),
+        calm=all(map(is_calm, used)),
         left_out=sum(r.reply.status == "ok" and r not in used for r in records),
         loads=_loads(records),
         imports=figures(each(used, lambda r: None if r.reply.load is None else r.reply.load.import_ms)),

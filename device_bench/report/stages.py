@@ -41,6 +41,7 @@ STAGES: Final = {
 # What the first token is made of, in the order in which it happens.
 PARTS: Final = ("image", "preprocess", "vision", "project", "tokenize", "prefill", "prompt")
 REST: Final = "rest"  # what no part covers
+AFTER: Final = "decode"  # the tokens of an answer after the first
 
 
 def values(sample: Sample, counts: Counts | None, stage: str) -> tuple[float, ...]:

@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from vlmedge.device_bench.job import Work
 from vlmedge.device_bench.report.beside import beside
-from vlmedge.device_bench.report.chosen import last_tries
+from vlmedge.device_bench.report.chosen import OTHERS, last_tries
 from vlmedge.device_bench.report.load import moment
 from vlmedge.device_bench.report.rows import TOP1_LEAST, Row, row
 from vlmedge.device_bench.report.sustained import Sustained, ranking, sustained
 from vlmedge.device_bench.result import Ceiling, Record
 from vlmedge.device_bench.tuning import Tuned, is_tuning, tuned
-from vlmedge.webpage.numbers import share
+from vlmedge.webpage.numbers import number, share
 
 SCHEMA: Final = "vlmedge.bench-summary/1"
 
@@ -99,6 +99,9 @@ def _is_unavailable(found: Row) -> bool:
 
 def _notes(records: Sequence[Record], rows: Sequence[Row], curves: Sequence[Sustained]) -> Iterable[str]:
     yield from _of_the_original(records, rows)
+    for found in rows:
+        if _is_unavailable(found) and found.asked:
+            yield f"{found.label} is not available on {found.device}: {'; '.join(found.reasons)}"
     yield from _of_other_jobs(records)
     yield from _of_the_machine(records, rows)
     for device in dict.fromkeys(s.device for s in curves):
@@ -125,9 +128,21 @@ def _of_the_machine(records: Sequence[Record], rows: Sequence[Row]) -> Iterable[
     left = [f"{r.label} {r.left_out} of {r.left_out + r.rounds}" for r in rows if r.left_out]
     if left:
         yield f"Left out, because the machine was not calm: {', '.join(left)} processes."
+    restless = [r.label for r in rows if not r.calm]
+    if restless:
+        yield (
+            f"The machine was never calm for {', '.join(restless)}{_takers(records)}: their numbers are those of a busy "
+            "machine; run again when it has nothing else to do."
+        )
     single = [r.label for r in rows if r.rounds == 1]
     if single:
         yield f"A single process each: {', '.join(single)}. Intervals from its samples alone are too narrow."
+
+
+def _takers(records: Sequence[Record]) -> str:
+    """What other programs took, where that is why."""
+    most = max((r.reply.others or 0.0 for r in records if r.kind == "measure"), default=0.0)
+    return f" (other programs took up to {number(most)} processors)" if most > OTHERS else ""
 
 
 def _of_the_original(records: Sequence[Record], rows: Sequence[Row]) -> Iterable[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vlmedge.device_bench.report.rows import Row
-from vlmedge.device_bench.report.stages import PARTS, REST, STAGES
+from vlmedge.device_bench.report.stages import AFTER, PARTS, REST, STAGES
 from vlmedge.device_bench.report.statistics import Figures, Ratio
 from vlmedge.device_bench.report.summary import Summary
 from vlmedge.device_bench.report.sustained import Curve, Sustained
@@ -283,9 +283,13 @@ def _ends(curve: Curve | None) -> Sequence[str]:
     return (NONE, NONE) if curve is None else (number(curve.first), number(curve.last))
 
 
-def parts(found: dict[str, Figures]) -> tuple[tuple[str, float], ...]:
-    """What a first token is made of, in ms: medians of its parts, and what they leave of it (`stages.REST`)."""
+def parts(found: dict[str, Figures], whole: str = "first_token") -> tuple[tuple[str, float], ...]:
+    """What a first token, or an answer ("end_to_end"), is made of, in ms: medians, and what they leave of it."""
     pieces = [(STAGES[p].title, found[p].median) for p in PARTS if p in found]
-    whole = found["first_token"].median if "first_token" in found else 0.0
-    rest = whole - sum(v for _, v in pieces)
-    return (*pieces, (REST, rest)) if rest > 0.005 * whole else tuple(pieces)
+    first = found["first_token"].median if "first_token" in found else 0.0
+    rest = first - sum(v for _, v in pieces)
+    if rest > 0.005 * first:
+        pieces.append((REST, rest))
+    if whole != "first_token" and whole in found:
+        pieces.append((AFTER, max(found[whole].median - first, 0.0)))
+    return tuple(pieces)

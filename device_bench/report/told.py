@@ -14,6 +14,7 @@ from vlmedge.device_bench.report.summary import Summary
 from vlmedge.device_bench.report.tables import measured, name
 from vlmedge.webpage.numbers import number, share, size
 
+_FEW = 3  # reasons in the verdict
 # What the fastest is found by: the first of these that any row has.
 RANKED: Final = ("end_to_end", "first_token", "decode")
 
@@ -32,12 +33,13 @@ def verdict(summary: Summary) -> Verdict:
     right = trusted(summary)
     wrong = tuple(_wrong(summary))
     if not right:
-        return Verdict("bad" if wrong or not summary.sustained else "good", _nothing(summary), wrong)
+        lines = (*wrong, *_reasons(summary))
+        return Verdict("bad" if wrong or not summary.sustained else "good", _nothing(summary), lines)
     stage = next(stage for stage in RANKED if any(stage in row.stages for row in right))
     best = min((row for row in right if stage in row.stages), key=lambda r: r.stages[stage].median)
-    lines = (_speed(best), *_beside(best), *_agreeing(best), *wrong)
-    compared = best.agreement is not None
-    return Verdict("warn" if wrong or not compared else "good", f"{_word(best)}: {name(best, summary)}", lines)
+    lines = (_speed(best), *_beside(best), *_agreeing(best), *wrong, *_restless(best))
+    doubtful = wrong or best.agreement is None or not best.calm
+    return Verdict("warn" if doubtful else "good", f"{_word(best)}: {name(best, summary)}", lines)
 
 
 def trusted(summary: Summary) -> list[Row]:
@@ -61,7 +63,7 @@ def key_numbers(summary: Summary) -> list[tuple[str, str]]:
     if known:
         peak, best = min(known, key=lambda k: k[0])
         found.append(("peak memory, at best", f"{size(round(peak * 1e6))}\n{name(best, summary)}"))
-    total = len(summary.rows) + len(summary.unavailable)
+    total = len(summary.rows) + sum(row.asked for row in summary.unavailable)
     return [*found, ("variants measured", f"{len(measured(summary))} of {total}")] if total else found
 
 
@@ -78,12 +80,12 @@ def where(summary: Summary) -> str:
 def facts(summary: Summary) -> list[tuple[str, str]]:
     """What was run, where and when."""
     work = summary.work
-    asks = "1 question" if len(work.asks) == 1 else f"{len(work.asks)} questions"
+    warm = f"{_of(work.warmup, 'answer')} for warm-up, then " if work.warmup else ""
     again = f", and on until {number(work.min_seconds)} s are over" if work.min_seconds else ""
     rounds = max((sum(row.statuses.values()) for row in summary.rows), default=0)
     return [
-        ("scenario", f"{work.scenario}: {asks}, {work.tokens} tokens each"),
-        ("repeats", f"{rounds} processes; {work.warmup} for warm-up, then {work.repeat} times{again}"),
+        ("scenario", f"{work.scenario}: {_of(len(work.asks), 'question')}, {work.tokens} tokens each"),
+        ("repeats", f"{_of(rounds, 'process')} of each variant; in each, {warm}every question {work.repeat}\u00d7{again}"),
         ("devices", ", ".join(d if d == host else f"{d} ({host})" for d, host in summary.devices.items())),
         ("date", f"{summary.started.replace('T', ' ').replace('+00:00', '')} UTC, {_minutes(summary.minutes)}"),
         ("run", ", ".join(summary.runs)),
@@ -145,7 +147,7 @@ def _word(best: Row) -> str:
 
 
 def _wrong(summary: Summary) -> Iterable[str]:
-    failed = [name(r, summary) for r in summary.rows if r.failed]
+    failed = [f"{name(r, summary)}{_how_often(r)}" for r in summary.rows if r.failed]
     if failed:
         yield f"Failed: {', '.join(failed)}."
     other = [name(r, summary) for r in summary.rows if r.disagrees]
@@ -153,10 +155,26 @@ def _wrong(summary: Summary) -> Iterable[str]:
         yield f"Says something else than the original: {', '.join(other)}."
 
 
+def _restless(best: Row) -> Iterable[str]:
+    if not best.calm:
+        yield "The machine had other things to do meanwhile: a calm one may rank them otherwise."
+
+
+def _how_often(row: Row) -> str:
+    total = sum(row.statuses.values())
+    return "" if row.failed == total else f" ({row.failed} of {total} processes)"
+
+
 def _nothing(summary: Summary) -> str:
     if any(r.disagrees for r in summary.rows):
         return "Nothing that was measured agrees with the original"
     return "Measured under load only" if summary.sustained else "Nothing was measured"
+
+
+def _reasons(summary: Summary) -> Iterable[str]:
+    """Why there is nothing, of the first few that have no numbers."""
+    idle = [row for row in (*summary.rows, *summary.unavailable) if row.asked and not row.stages and row.reasons]
+    return (f"{name(row, summary)}: {row.reasons[0]}" for row in idle[:_FEW])
 
 
 def _speed(row: Row) -> str:
@@ -189,6 +207,10 @@ def _beside(row: Row) -> Iterable[str]:
 
 def _minutes(value: float) -> str:
     return f"{number(value)} minutes" if value < 100 else f"{int(value // 60)} h {int(value % 60)} min"
+
+
+def _of(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('s') else 's'}"
 
 
 def _ms(value: float) -> str:

@@ -24,11 +24,19 @@ class JsonLines:
         self._kept = kept
 
     def append(self, data: Any) -> None:
-        """Write a line; `flush` brings it to the disk. Raises OutputError where it cannot be written."""
+        """Write a line; `flush` brings it to the disk. Raises OutputError where it cannot be written.
+
+        Then nothing of it is there either: another line may follow when there is space again.
+        """
         left = (json.dumps(data, allow_nan=False) + "\n").encode()
         with writing(self.path, self._kept):
-            while left:
-                left = left[os.write(self._handle, left) :]
+            before = os.fstat(self._handle).st_size
+            try:
+                while left:
+                    left = left[os.write(self._handle, left) :]
+            except OSError:
+                os.ftruncate(self._handle, before)
+                raise
 
     def flush(self) -> None:
         """Return when all lines are on the disk. Raises OutputError where that fails."""

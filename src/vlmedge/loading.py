@@ -115,6 +115,16 @@ def names_bundle(source: SourceLike) -> bool:
     return is_bundle(path) or (os.path.isdir(path) and not os.path.isfile(path / "config.json"))
 
 
+def local_folder(source: str) -> Path | None:
+    """The folder of a model that lies here, or is meant to; None for a name that any machine can open.
+
+    Such names are demo sources, releases that a family knows, and hub ids.
+    """
+    path = Path(os.path.expanduser(source))
+    named = source.startswith(DEMO) or source.partition("@")[0] in known_models()
+    return path if names_bundle(source) or (path.exists() and not named) else None
+
+
 def open_original(
     found: Described,
     threads: int | None = None,

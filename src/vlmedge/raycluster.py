@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Final, TypeAlias
@@ -73,6 +73,17 @@ def nodes(ray: Ray) -> list[Node]:
 def cpus(node: Node) -> int:
     """How many it offers."""
     return int(node["Resources"].get("CPU", 0))
+
+
+def cancel(ray: Ray, tasks: Sequence[Any]) -> None:
+    """End the tasks (references) that still run.
+
+    Those that have replied are let be: Ray 2.60 ends this whole process over one that is cancelled just then.
+    """
+    if tasks:
+        _, running = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
+        for task in running:
+            ray.cancel(task, force=True)
 
 
 def errand(target: str, name: str) -> Errand:

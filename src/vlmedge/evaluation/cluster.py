@@ -14,13 +14,11 @@ from vlmedge.errors import RuntimeFailedError, UsageError, VlmedgeError
 from vlmedge.evaluation.dataset import DEMO, open_dataset
 from vlmedge.evaluation.job import Shard, Task, answer, opened, todo
 from vlmedge.evaluation.row import Row, read_row
-from vlmedge.families import known_models
-from vlmedge.loading import names_bundle
+from vlmedge.loading import local_folder
 from vlmedge.progress import Progress
-from vlmedge.raycluster import NOBODY, Errand, Ray, check_file, connected, cpus, errand, failed, nodes, one_line
+from vlmedge.raycluster import NOBODY, Errand, Ray, cancel, check_file, connected, cpus, errand, failed, nodes, one_line
 from vlmedge.records import decode
 from vlmedge.skills import Model
-from vlmedge.sources import DEMO as DEMO_SOURCE
 
 QUESTIONS = 32  # of a part: what a dead machine costs at most; opening the model takes as long as a few of them
 THREADS = 4  # of a part, unless the user says otherwise: a copy of the model for so many cores
@@ -60,8 +58,7 @@ def run(tasks: list[Task], progress: Progress, *, address: str) -> None:
         try:
             _collect(ray, sent, threads, progress)
         finally:
-            for left in sent:  # after an error or Ctrl-C
-                ray.cancel(left, force=True)
+            cancel(ray, list(sent))  # after an error or Ctrl-C
 
 
 def split(task: Task, threads: int, slots: int) -> list[Part]:
@@ -188,6 +185,5 @@ def _check_files(shard: Shard) -> None:
 
 def _source(source: str) -> str:
     """A folder by its absolute path; a name as it is."""
-    path = os.path.expanduser(source)
-    named = source.startswith(DEMO_SOURCE) or source.partition("@")[0] in known_models()
-    return os.path.abspath(path) if names_bundle(source) or (os.path.exists(path) and not named) else source
+    folder = local_folder(source)
+    return source if folder is None else os.path.abspath(folder)

@@ -19,7 +19,7 @@ _LEFT = 34  # for the names of the decades beside dots
 _MIDDLE = (_LEFT + WIDTH) / 2
 _TALL = 128
 _ROW = 40
-COLOURS: Final = 8
+COLOURS: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def stacks(rows: Sequence[Stack], title: str, description: str, names: Iterable[
 
 
 def colours(rows: Iterable[Stack], names: Iterable[str] = ()) -> dict[str, str]:
-    """The colour of every piece's name, `names` first, then in order of appearance; from the ninth on they repeat."""
+    """The colour of every piece's name, `names` first, then in order of appearance; from the tenth on they repeat."""
     found = dict.fromkeys((*names, *(name for row in rows for name, _ in row.pieces)))
     return {name: f"s{i % COLOURS}" for i, name in enumerate(found)}
 

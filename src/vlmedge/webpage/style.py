@@ -11,14 +11,14 @@ STYLE: Final = """
   --ground: #f4f5f2; --card: #ffffff; --sunken: #e9ece6; --line: #d5d9d0; --text: #1c211f; --soft: #57605b;
   --good: #166534; --good-soft: #e3f4e8; --bad: #b42318; --bad-soft: #fdecea; --warn: #854d0e; --warn-soft: #fdf3d7;
   --bar: #0f766e; --s0: #0f766e; --s1: #7c3aed; --s2: #c2690a; --s3: #db2777; --s4: #2563eb; --s5: #64748b;
-  --s6: #4d7c0f; --s7: #9f1239;
+  --s6: #4d7c0f; --s7: #9f1239; --s8: #27303f;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #131716; --card: #1b2120; --sunken: #2a3230; --line: #38413e; --text: #e8ecea; --soft: #a3afaa;
     --good: #6ee79a; --good-soft: #12301f; --bad: #ff9b8f; --bad-soft: #3b1c19; --warn: #fcd34d; --warn-soft: #352a0c;
     --bar: #2dd4bf; --s0: #2dd4bf; --s1: #a78bfa; --s2: #fbbf24; --s3: #f472b6; --s4: #60a5fa; --s5: #94a3b8;
-    --s6: #a3e635; --s7: #fda4af;
+    --s6: #a3e635; --s7: #fda4af; --s8: #e2e8f0;
   }
 }
 * { box-sizing: border-box; }
@@ -109,11 +109,12 @@ svg.plot { width: 100%; max-width: 440px; height: auto; font-size: 12.5px; font-
 .stem.bad { stroke: var(--bad); } .stem.warn { stroke: var(--warn); }
 .s0 { fill: var(--s0); } .s1 { fill: var(--s1); } .s2 { fill: var(--s2); }
 .s3 { fill: var(--s3); } .s4 { fill: var(--s4); } .s5 { fill: var(--s5); }
-.s6 { fill: var(--s6); } .s7 { fill: var(--s7); }
+.s6 { fill: var(--s6); } .s7 { fill: var(--s7); } .s8 { fill: var(--s8); }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .curve.s0 { stroke: var(--s0); } .curve.s1 { stroke: var(--s1); } .curve.s2 { stroke: var(--s2); }
 .curve.s3 { stroke: var(--s3); } .curve.s4 { stroke: var(--s4); } .curve.s5 { stroke: var(--s5); }
 .curve.s6 { stroke: var(--s6); } .curve.s7 { stroke: var(--s7); }
+.curve.s8 { stroke: var(--s8); }
 .specks { fill: none; stroke: var(--bar); stroke-opacity: .6; stroke-width: 4.5; stroke-linecap: round; }
 .specks.bad { stroke: var(--bad); } .specks.warn { stroke: var(--warn); stroke-opacity: 1; }
 .area { fill: var(--bar); fill-opacity: .3; stroke: var(--bar); } .area.bad { fill: var(--bad); stroke: var(--bad); }
