@@ -17,13 +17,16 @@ types:
     rm -rf build/lib build/bdist.*
     {{python}} -m mypy build/check/vlmedge
 
+# a process for each core; a file's tests stay together, because they share what they made
+side_by_side := "-n auto --maxprocesses 4 --dist loadfile"
+
 # every test, slow ones too
 test *options:
-    {{python}} -m pytest {{options}}
+    {{python}} -m pytest {{side_by_side}} {{options}}
 
 # the tests that take seconds
 quick *options:
-    {{python}} -m pytest -m "not slow" {{options}}
+    {{python}} -m pytest {{side_by_side}} -m "not slow" {{options}}
 
 # speed: run on a quiet machine
 bench:

@@ -96,7 +96,7 @@ def agreement(
     texts = "\0".join(found.text for found in asks)
     return Agreement(
         asks,
-        sum(len(truth.of(found.ask).tokens) for found in asks),
+        sum(_judged(truth.of(found.ask), stop) for found in asks),
         _mean([found.top1 for found in asks]),
         _mean([found.kl for found in asks]),
         _mean([float(found.same_answer) for found in asks]),
@@ -107,12 +107,18 @@ def agreement(
 def _one(
     truth: AskTruth, tokens: Sequence[int], along: Followed, tokenizer: Tokenizer, stop: Sequence[int]
 ) -> AskAgreement:
-    pairs = zip(truth.tokens, tokens, strict=False)
-    first = next((i for i, (wanted, got) in enumerate(pairs) if wanted != got), None)
-    same = [ids[0] == best for ids, best in zip(truth.ids, along.best, strict=True)]
-    kl = [_divergence(p, q) for p, q in zip(truth.logprobs, along.logprobs, strict=True)]
     wanted, got = _until(truth.tokens, stop), _until(tokens, stop)
+    end = _judged(truth, stop)
+    pairs = zip(truth.tokens[:end], tokens, strict=False)
+    first = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    same = [ids[0] == best for ids, best in zip(truth.ids[:end], along.best, strict=False)]
+    kl = [_divergence(p, q) for p, q in zip(truth.logprobs[:end], along.logprobs, strict=False)]
     return AskAgreement(truth.ask, first, _mean(same), _mean(kl), wanted == got, tokenizer.decode(got))
+
+
+def _judged(truth: AskTruth, stop: Sequence[int]) -> int:
+    """Positions that count: up to the stop token. Behind it an answer goes on only because it is forced to."""
+    return min(len(_until(truth.tokens, stop)) + 1, len(truth.tokens))
 
 
 def _divergence(p: Sequence[float], q: Sequence[float]) -> float:
@@ -130,7 +136,7 @@ def _until(tokens: Sequence[int], stop: Sequence[int]) -> list[int]:
 
 
 def _log_softmax(logits: F32) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Natural logarithms of probabilities. Raises RuntimeFailedError for logits that have none: NaN or infinite ones."""
+    """Logarithms of probabilities. Raises RuntimeFailedError for logits that have none: NaN or infinite ones."""
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         wide -= wide.max(axis=1, keepdims=True)  # -inf stays: of a banned token

@@ -97,6 +97,7 @@ class Energy:
 class AskAgreement:
     """One ask against the original's float32 answer to it.
 
+    Positions count up to the original's first stop token: behind it an answer goes on only because it is forced to.
     `first_divergent`: the index of the first token that differs, None where all are equal. `top1`: share of positions
     with the same best token, along the original's tokens (teacher forced). `kl`: mean Kullback-Leibler divergence there
     in nats, from the original's 64 most likely tokens and the rest. `same_answer`: equal up to the first stop token.
@@ -113,7 +114,10 @@ class AskAgreement:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Agreement with the original over all asks: means of what `AskAgreement` has; `text_sha256` hashes all texts."""
+    """Agreement with the original over all asks: means of what `AskAgreement` has.
+
+    `tokens`: positions that count. `text_sha256` hashes all texts.
+    """
 
     asks: tuple[AskAgreement, ...]
     tokens: int

@@ -11,9 +11,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from tests.hub_server import HubServer, Repo
 from vlmedge.bundle import open_bundle
@@ -22,6 +22,7 @@ from vlmedge.device_bench.job import Ask, Job, Variant, Work
 from vlmedge.device_bench.result import Reply
 from vlmedge.errors import RuntimeFailedError
 from vlmedge.loading import load
+from vlmedge.prompt import Tokenizer
 from vlmedge.records import decode, encode
 from vlmedge.subject import examine
 
@@ -108,7 +109,7 @@ def test_a_lossless_bundle_agrees(reply):
     assert found is not None
     assert (found.top1, found.same_answers) == (1.0, 1.0)
     assert found.kl < 1e-5
-    assert found.tokens == 2 * TOKENS
+    assert 2 <= found.tokens <= 2 * TOKENS  # as far as the original goes on by itself
     assert [one.first_divergent for one in found.asks] == [None, None]
 
 
@@ -178,19 +179,20 @@ def test_a_model_of_the_hub_is_fetched_before_it_is_opened(golden, tmp_path, mon
     files = {path.name: path.read_bytes() for path in golden.iterdir() if path.is_file()}
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    asked = []
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    named = replace(variant(golden, "torch", dtype="f32"), source="owner/tiny")
+    before = []
+
+    def opened(*args, **options):
+        before.append(len(hub.requests))
+        return load(*args, **options)
+
+    monkeypatch.setattr(worker, "load", opened)
     with HubServer({"owner/tiny": Repo({"a" * 40: files}, {"main": "a" * 40})}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(
-            worker, "load", lambda *args, **kwargs: asked.append(len(hub.requests)) or load(*args, **kwargs)
-        )
-        job = Job(
-            "measure", "local", BRIEF, variant=replace(variant(golden, "torch", dtype="f32"), source="owner/tiny")
-        )
-        reply = worker.work(replace(job, cold=True))
+        reply = worker.work(Job("measure", "local", BRIEF, variant=named, cold=True))
         assert reply.status == "ok", reply.reason
-        assert asked[0] == len(hub.requests) > 0
+        assert before == [len(hub.requests)] != [0]
     assert reply.load.files == "cold"
 
 
@@ -222,6 +224,21 @@ def test_divergence_of_distributions():
         assert 0.5 * true < lower <= true + 1e-6
     same = agreement.followed(truth, logits)
     assert agreement._divergence(truth.logprobs[0], same.logprobs[0]) < 1e-6
+
+
+def test_what_is_forced_behind_a_stop_token_does_not_count():
+    stop, rng = 3, np.random.default_rng(1)
+    logits = rng.standard_normal((4, 50), dtype=np.float32)
+    tokens = [7, stop, 8, 9]
+    logits[range(4), tokens] = 9
+    truth = agreement.Truth("m", (agreement.truth_of("a", tokens, logits),))
+    other = logits.copy()
+    other[2:] = rng.standard_normal((2, 50))
+    words = Tokenizer(Path(__file__).with_name("data").joinpath("moondream2/tiny-mha/tokenizer.json").read_bytes())
+    along = {"a": agreement.followed(truth.of("a"), other)}
+    found = agreement.agreement(truth, {"a": [7, stop, 1, 1]}, along, words, [stop])
+    assert (found.tokens, found.top1, found.same_answers, found.asks[0].first_divergent) == (2, 1.0, 1.0, None)
+    assert found.kl < 1e-6
 
 
 def exact(p: np.ndarray, q: np.ndarray) -> float:
