@@ -48,6 +48,7 @@ def bench(
     threads: int | None = None,
     memory: Literal["fast", "lean"] = "fast",
     context: int | None = None,
+    affinity: Sequence[int] = (),
     rounds: int | None = None,
     repeat: int | None = None,
     min_seconds: float | None = None,
@@ -65,9 +66,10 @@ def bench(
     `original`: a checkpoint that runs in its own type and in float32, and whose float32 answers are the truth of every
     row. `devices`: see `device.load_device`; `scenario`: see `scenario.load_scenario`; `rounds`, `repeat`,
     `min_seconds` and `tokens` replace its numbers. `units`: what shall compute, by default everything that is there.
-    `threads`: by default the device's, else the physical cores; `tune` finds the best for each variant first. `memory`
-    and `context`: as in `loading.load`. `sustained`: minutes of each variant without a pause, after the rounds.
-    `timeout`: seconds of one job. `ray`: the address of a cluster, whose nodes are the devices.
+    `affinity`: the processors that models may use, () for all; `threads`: by default as many as these, else the
+    device's, else the physical cores; `tune` finds the best for each variant first. `memory` and `context`: as in
+    `loading.load`. `sustained`: minutes of each variant without a pause, after the rounds. `timeout`: seconds of one
+    job. `ray`: the address of a cluster, whose nodes are the devices.
 
     The same call with the same `out` goes on where it was stopped. Raises UsageError for what cannot be meant,
     OutputError for a folder that cannot be written or holds another run, RuntimeFailedError for a device that cannot be
@@ -80,7 +82,9 @@ def bench(
     wanted = load_scenario(scenario).changed(rounds=rounds, repeat=repeat, min_seconds=min_seconds, tokens=tokens)
     first = os.fspath(original) if original is not None else None
     models = look([os.fspath(source) for source in sources], first, allow_pickle=allow_pickle, progress=progress)
-    options = Options(runtime, tuple(units), threads, memory, context, allow_pickle)
+    options = Options(
+        runtime, tuple(units), threads or len(affinity) or None, memory, context, tuple(affinity), allow_pickle
+    )
     with _opened(devices, ray, first is not None, progress) as (hosts, places, here):
         plan = make_plan(models, places, wanted, options, tune=tune, minutes=sustained or 0.0, here=here)
         if first is not None and plan.reference is None:

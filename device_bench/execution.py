@@ -41,7 +41,7 @@ class Execution:
         return self.timeout + max(job.work.minutes * 60, job.work.min_seconds)
 
     def done(self, job: Job) -> Record | None:
-        """The last record of a job that need not be done again: its host was not lost on it, nor has it more time now."""
+        """The last record of a job that need not be done again: its host was not lost on it, its time is no longer."""
         found = (record for record in reversed(self.journal.of(job)) if record.reply.status in DONE)
         return next((r for r in found if r.reply.status != "hung" or r.seconds >= self.limit(job)), None)
 

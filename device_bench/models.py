@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from vlmedge.bundle import open_bundle
-from vlmedge.device_bench.hosts.files import source_folder
 from vlmedge.errors import UsageError
-from vlmedge.loading import describe
+from vlmedge.loading import describe, local_folder
 from vlmedge.progress import Progress
 from vlmedge.subject import Subject, examine
 
@@ -78,5 +77,5 @@ def _labels(names: Sequence[str]) -> list[str]:
 
 def _absolute(name: str) -> str:
     """A folder's whole path: a worker may be started elsewhere. Other names (releases, hub, demo:...) as they are."""
-    folder = source_folder(name)
+    folder = local_folder(name)
     return name if folder is None else os.path.abspath(folder)

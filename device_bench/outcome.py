@@ -61,6 +61,20 @@ def last_line(text: str) -> str:
     return next((line for line in map(excerpt, reversed(lines)) if line), "")
 
 
+def told_memory(said: str) -> str:
+    """The line at the end of what a program said that tells that it got no memory; "" where none does."""
+    lines = said[-64 * 1024 :].splitlines()[-_TAIL:]
+    return next((excerpt(line) for line in reversed(lines) if _MEMORY.search(line)), "")
+
+
+def signal_name(number: int) -> str:
+    """SIGSEGV and so on; "the signal 64" for one that has no name here."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"the signal {number}"
+
+
 def _last(stdout: str) -> Any:
     """The last line's JSON."""
     text = stdout.rstrip()
@@ -91,12 +105,12 @@ def _ending(output: Output, timeout: float) -> tuple[Status, str]:
     if code is None:
         return "hung", f"was ended because it took more than {timeout:g} s"
     number = _signal(code)
-    memory = _told_memory(output.stderr)
+    memory = told_memory(output.stderr)
     if memory:
         return "out_of_memory", f"ran out of memory: {memory}"
     if number == _KILLED:
         return "out_of_memory", "was killed by the system (SIGKILL), most likely for memory"
-    how = f"was ended by {_name(number)}" if number else f"ended with {_code(code)}"
+    how = f"was ended by {signal_name(number)}" if number else f"ended with {_code(code)}"
     said = last_line(output.stderr)
     return "crashed", f"{how}: {said}" if said else how
 
@@ -108,19 +122,7 @@ def _signal(code: int) -> int:
     return code - 128 if 128 < code < 128 + 65 else 0
 
 
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"the signal {number}"
-
-
 def _code(code: int) -> str:
     if code < 1 << 16:
         return f"the code {code}"
     return f"{_WINDOWS[code]} (0x{code:X})" if code in _WINDOWS else f"the code 0x{code:X}"
-
-
-def _told_memory(stderr: str) -> str:
-    lines = stderr[-64 * 1024 :].splitlines()[-_TAIL:]
-    return next((excerpt(line) for line in reversed(lines) if _MEMORY.search(line)), "")

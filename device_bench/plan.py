@@ -41,6 +41,7 @@ class Options:
     threads: int | None = None
     memory: Literal["fast", "lean"] = "fast"
     context: int | None = None
+    affinity: tuple[int, ...] = ()
     allow_pickle: bool = False
 
 
@@ -156,7 +157,7 @@ def _place(model: Model, place: Place, options: Options, seats: list[Seat], abse
 
 def _runtimes(model: Model, place: Place, options: Options) -> list[str]:
     """The one that runs the model there: the one asked for, else the first with a unit, else the first; [] for none."""
-    known = [runtime for runtime in place.units if _loads(runtime) == model.subject.format]
+    known = [runtime for runtime, units in place.units.items() if units and _loads(runtime) == model.subject.format]
     if options.runtime in known:
         return [options.runtime]
     usable = [runtime for runtime in known if not all(place.units[runtime].values())]
@@ -193,6 +194,7 @@ def _variants(model: Model, runtime: str, unit: str, place: Place, options: Opti
             memory=options.memory,
             threads=options.threads or place.threads,
             context=options.context,
+            affinity=options.affinity,
             allow_pickle=options.allow_pickle and not subject.is_bundle,
         )
 

@@ -47,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Opening the model. `files`: were its files in the page cache: "cold", "warm", or "" where that is not known.
+    """Opening the model. `files`: were they in the page cache: "cold" (dropped), "warm" (just read), "" where unknown.
 
     `import_ms`: the runtime's libraries, before that.
     """

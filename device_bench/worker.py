@@ -21,14 +21,13 @@ from vlmedge.device_bench.agreement import Truth
 from vlmedge.device_bench.costs import costs
 from vlmedge.device_bench.energy import meter, metered
 from vlmedge.device_bench.environment import environment
-from vlmedge.device_bench.hosts.files import source_folder
 from vlmedge.device_bench.job import Job, Variant
 from vlmedge.device_bench.measuring import Asked, Subject
 from vlmedge.device_bench.others import Others
-from vlmedge.device_bench.page_cache import drop
+from vlmedge.device_bench.page_cache import drop, fill
 from vlmedge.device_bench.result import Agreement, Load, Memory, Reply
 from vlmedge.errors import MissingExtraError, UnavailableError, VlmedgeError
-from vlmedge.loading import describe, load
+from vlmedge.loading import describe, load, local_folder
 from vlmedge.records import decode, encode
 from vlmedge.runtimes import RUNTIMES
 from vlmedge.skills import Model
@@ -78,9 +77,8 @@ def _anchor(job: Job) -> Reply:
 
 def _model(job: Job, variant: Variant) -> Reply:
     """Open a variant's model and measure it."""
-    if variant.affinity and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, variant.affinity)
-    folder = source_folder(variant.source) or _fetched(variant)
+    _bind(variant.affinity)
+    folder = local_folder(variant.source) or _fetched(variant)
     import_ms = _timed(lambda: _import(RUNTIMES[variant.runtime].libraries))
     files = _cached(job, folder)
     memory.reset_peak()
@@ -176,11 +174,25 @@ def _positions(asked: Asked) -> int:
     return round(sum(c.image_tokens + c.prompt_tokens + c.generated / 2 for c in counts) / max(1, len(counts)))
 
 
+def _bind(processors: tuple[int, ...]) -> None:
+    """Stay on these processors, if any are named. Raises UnavailableError where that cannot be."""
+    if not processors:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        raise UnavailableError("this system binds no process to processors; leave out --affinity")
+    try:
+        os.sched_setaffinity(0, processors)
+    except OSError:
+        asked, there = (", ".join(map(str, sorted(found))) for found in (processors, os.sched_getaffinity(0)))
+        raise UnavailableError(f"the processors {asked} are not here; it has {there}") from None
+
+
 def _cached(job: Job, folder: Path) -> Literal["cold", "warm", ""]:
-    """Where opening finds the model's files; "" where that is not known, because nothing can be dropped."""
-    if not job.cold:
-        return "warm"  # the run has read them: hashed here, copied there, opened in round 1
-    return "cold" if drop(path for path in sorted(folder.rglob("*")) if path.is_file()) else ""
+    """Bring the model's files to where opening shall find them; "" where the system does not do so."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if job.cold:
+        return "cold" if drop(files) else ""
+    return "warm" if fill(files) else ""
 
 
 def _timed(run: Callable[[], object]) -> float:

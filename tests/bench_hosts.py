@@ -1,9 +1,10 @@
-"""What the tests of hosts share: is a process gone, and a job for the real worker."""
+"""What the tests of hosts share: waiting, is a process gone, and a job for the real worker."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vlmedge.device_bench.job import Ask, Job, Variant, Work
@@ -25,6 +26,14 @@ def gone(number: str, seconds: float = 5.0) -> bool:
     while alive(number) and time.monotonic() < end:
         time.sleep(0.02)
     return not alive(number)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Until it is true; fails where it is not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
 
 
 def ask(picture: Path) -> Ask:

@@ -89,8 +89,8 @@ def pull(remote: str, local: str) -> int:
 def shell(*words: str) -> int:
     """As shell_v2: output and error apart, the command's own exit code, 255 where the phone goes meanwhile."""
     command = " ".join(words)
-    if command.startswith("sh "):
-        script = here(command.split()[1])
+    if command.startswith("exec sh "):
+        script = here(command.split()[2])
         with open(script) as file:
             text = file.read()
         if PHONE not in text:

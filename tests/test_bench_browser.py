@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -20,7 +22,7 @@ from vlmedge.bundle import open_bundle
 from vlmedge.demo import attention
 from vlmedge.device_bench import agreement
 from vlmedge.device_bench.agreement import Truth
-from vlmedge.device_bench.device import Device
+from vlmedge.device_bench.device import Device, load_device, open_host
 from vlmedge.device_bench.hosts.browser import BrowserHost
 from vlmedge.device_bench.hosts.chromium import find_browser
 from vlmedge.device_bench.hosts.onnxruntime_web import onnxruntime_web
@@ -127,7 +129,7 @@ def test_a_person_opens_the_page(bundle, tmp_path):
     told: list[str] = []
     jobs.install()
     options = {"onnxruntime_web": str(DIST), "url": "wait"}
-    found = BrowserHost(Device("phone", "a phone", "browser", options=options), told.append)
+    found = open_host(Device("phone", "a phone", "browser", options=options), told.append)
     found.open()
     damaged = tmp_path / "damaged.onnx"
     for file in open_bundle(bundle).path.rglob("*"):
@@ -173,11 +175,15 @@ class FakePage:
         assert status == 200
         return f"task/{json.loads(content)['number']}"
 
-    def vanish(self, home: str) -> None:
+    def vanish(self, home: str, *, reset: bool) -> None:
         """Hold the line that tells that the page lives, and cut it."""
         wire = http.client.HTTPConnection(self.url.hostname, self.url.port, timeout=10)
         wire.request("GET", f"{self.url.path}{home}/alive")
-        assert wire.getresponse().status == 200
+        answer = wire.getresponse()
+        assert answer.status == 200
+        if reset:  # as where the browser's process is killed
+            answer.fp.raw._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        answer.close()
         wire.close()
 
 
@@ -220,9 +226,10 @@ def test_what_a_page_says(served, sent, status, reason):
     assert reason in reply.reason
 
 
-def test_a_page_that_is_closed_is_noticed(served):
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_page_that_is_closed_is_noticed(served, reset):
     start = time.monotonic()
-    reply = told(served, lambda page, home: page.vanish(home))
+    reply = told(served, lambda page, home: page.vanish(home, reset=reset))
     assert reply.status == "lost"
     assert time.monotonic() - start < 4
 
@@ -266,6 +273,17 @@ def test_the_server_gives_what_is_listed_and_to_those_who_know_its_address(serve
 
 
 # ---- what stands in the way -----------------------------------------------------------------------------------
+
+
+def test_a_person_is_told_what_to_open(tmp_path):
+    for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm"):
+        (tmp_path / name).touch()
+    said: list[str] = []
+    device = load_device("browser")
+    found = open_host(replace(device, options=device.options | {"onnxruntime_web": str(tmp_path)}), said.append)
+    found.open()
+    found.close()
+    assert [line.startswith("open http://127.0.0.1:") for line in said] == [True]
 
 
 def test_a_browser_that_does_not_start(tmp_path, bundle):

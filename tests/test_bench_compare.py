@@ -133,6 +133,21 @@ def test_rows_that_are_gone_or_fail_are_regressions():
     assert compare(fewer, BASE, 0.05).regressions == ()
 
 
+def test_a_unit_that_was_only_listed_is_no_row():
+    absent = replace(next(r for r in run() if r.reply.status == "unavailable"), round=0)
+    gpu = measured(random.Random(0), replace(KINDS[3], variant=absent.variant), 1, 60)
+    for a, b in (([*BASE, absent], BASE), (BASE, [*BASE, absent]), ([*BASE, absent], [*BASE, absent])):
+        found = compare(a, b, 0.05)
+        assert found.regressions == ()
+        assert absent.variant.label not in [r.label for r in found.rows]
+    assert row(compare([*BASE, absent], [*BASE, gpu], 0.05), absent.variant.label).state == "new"
+    assert compare([*BASE, gpu], [*BASE, absent], 0.05).regressions == (
+        f"{absent.variant.label} (local): fails in B: {absent.reply.reason}",
+    )
+    strangers = compare(BASE, [gpu], 0.05)
+    assert any("no row in common" in note for note in strangers.notes)
+
+
 def test_unlike_machines_and_works_are_named():
     other = [replace(r, reply=replace(r.reply, environment=ENVIRONMENT | {"cpu": "Cortex-A76"})) for r in BASE]
     found = compare(BASE, other, 0.05)

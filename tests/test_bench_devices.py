@@ -1,11 +1,14 @@
 """Devices: every file that ships, names with addresses, and what is said of those that are not there."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
+from vlmedge.device_bench import bench
 from vlmedge.device_bench.device import FOLDER, HOSTS, device_names, load_device, open_host
 from vlmedge.errors import UsageError
+from vlmedge.progress import Progress
 
 MOST = {"memory_gb": (2, 512), "cores": (1, 64), "bandwidth_gb_s": (4, 1000)}
 
@@ -85,6 +88,16 @@ def test_a_wrong_name_is_one_line(word, words):
     with pytest.raises(UsageError, match=words) as error:
         load_device(word)
     assert "\n" not in str(error.value)
+
+
+def test_a_board_of_unlike_cores_computes_on_the_fast_ones():
+    with ExitStack() as stack:
+        found = list(bench._hosts(("rock-5b-8gb@a", "rock-5b-8gb@b", "ssh:c"), None, stack, Progress()))
+    assert [(name, host.name, threads) for name, host, threads in found] == [
+        ("rock-5b-8gb@a", "ssh a", 4),
+        ("rock-5b-8gb@b", "ssh b", 4),
+        ("ssh:c", "ssh c", None),
+    ]
 
 
 def test_hosts_are_opened_by_name():

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.bench_hosts import alive, check_reply, gone, real_job
+from tests.bench_hosts import alive, check_reply, gone, real_job, wait_for
 from vlmedge.device_bench.device import Device
 from vlmedge.device_bench.hosts import guard, process
 from vlmedge.device_bench.hosts.files import parcels, renamed
@@ -97,14 +97,13 @@ def test_a_worker_ends_with_the_process_that_asked(tmp_path):
     note = tmp_path / "worker"
     worker = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     asking = (
-        "import sys; from vlmedge.device_bench.hosts.local import run_guarded\n"
+        "import sys; from vlmedge.device_bench.hosts.process import run_guarded\n"
         f"run_guarded([sys.executable, '-c', {worker!r}], '', 60)"
     )
     for kill in (signal.SIGKILL, signal.SIGINT):
         note.unlink(missing_ok=True)
         process = subprocess.Popen([sys.executable, "-c", asking], stderr=subprocess.DEVNULL)
-        while not note.exists() or not note.read_text():
-            time.sleep(0.02)
+        wait_for(lambda: note.exists() and note.read_text())
         assert alive(note.read_text())
         process.send_signal(kill)
         assert process.wait(20) != 0
@@ -163,6 +162,17 @@ def test_the_files_of_a_job(bundle, photo, tmp_path, monkeypatch):
         assert local_folder(name) is None
     with pytest.raises(UsageError, match="there is no file"):
         list(parcels(renamed(job, {str(photo): str(tmp_path / "none.png")})))
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    model, blob = tmp_path / "model", tmp_path / "blob"
+    (model / "onnx").mkdir(parents=True)
+    blob.write_bytes(b"weights")
+    (model / "onnx/w.onnx").symlink_to(blob)  # as the hub's cache has it
+    (model / "onnx/loop").symlink_to(model)
+    variant = Variant("m", str(model), "d1", "onnx", "f32", 1, 32.0, "onnxruntime")
+    (found,) = parcels(Job("measure", "here", Work("w", (), 1), variant=variant))
+    assert [file.name for file in found.files] == ["model/onnx/w.onnx"]
 
 
 def test_the_worker_itself(bundle, photo):

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -37,6 +38,11 @@ class DeviceCtlError(Exception):
     pass
 
 
+class AppBuilder:
+    class Error(Exception):
+        pass
+
+
 @dataclass(frozen=True)
 class AppSigningCredentials:
     development_team: str | None = ""
@@ -53,6 +59,7 @@ class Phone:
     session: object = None
 
     connected = ()
+    folders: ClassVar[list[Path]] = []
 
     @staticmethod
     def get_connected_devices(device_type):
@@ -61,6 +68,10 @@ class Phone:
     async def prepare_for_model_debugging(self, credentials=None, working_directory=None, clean=False):
         if not credentials.development_team:
             raise ValueError("xcodebuild: a development\nteam is needed")
+        if credentials.development_team == "OTHER":
+            raise AppBuilder.Error("[Error Code 65] None")
+        assert working_directory.is_dir()
+        Phone.folders.append(working_directory)
         return replace(self, session=credentials.development_team)
 
 
@@ -115,6 +126,7 @@ def mac(monkeypatch):
     library, remote = modules["coremltools"], modules[f"{experimental}.remote_device"]
     library.ComputeUnit, library.models, library.__version__ = ComputeUnit, SimpleNamespace(MLModel=MLModel), "9.0"
     remote.Device, remote.DeviceType, remote._DeviceCtlError = Phone, DeviceType, DeviceCtlError
+    remote._AppBuilder = AppBuilder
     remote.AppSigningCredentials = AppSigningCredentials
     modules[f"{experimental}.perf_utils"].MLModelBenchmarker = MLModelBenchmarker
     for name, module in modules.items():
@@ -189,15 +201,19 @@ def test_models_that_do_not_run(mac, bundle_copy, name, status, reason):
 
 
 def test_which_phone(mac, monkeypatch):
-    with pytest.raises(RuntimeFailedError, match=r"cannot be used: xcodebuild: a development team is needed$"):
+    with pytest.raises(RuntimeFailedError, match=r"cannot be used: xcodebuild: a development team is needed; unlock"):
         host().open()
+    with pytest.raises(RuntimeFailedError, match=r"cannot be used: \[Error Code 65\] None; unlock it"):
+        host(team="OTHER").open()
     monkeypatch.setattr(Phone, "connected", (Phone("Ada's", "0001"), Phone("Bo's", "0002")))
     with pytest.raises(RuntimeFailedError, match="connected are: Ada's, Bo's; connect it by cable"):
         host(team="TEAM").open()
     phone = host(team="TEAM", name="0002")
     phone.open()
     assert phone.name == "iphone Bo's"
+    assert Phone.folders[-1].is_dir()
     phone.close()
+    assert not Phone.folders[-1].exists()
 
 
 def test_elsewhere_it_says_what_is_needed(bundle, monkeypatch):
@@ -209,5 +225,7 @@ def test_elsewhere_it_says_what_is_needed(bundle, monkeypatch):
     assert phone.run(job(bundle), 1).status == "unavailable"
     with pytest.raises(UsageError, match="no option 'serial'; it has folder, name, team"):
         host(serial="1")
+    with pytest.raises(UsageError, match="to a shell as it is: '/a b' is not plain"):
+        host(folder="/a b")
     with pytest.raises(RuntimeFailedError, match=r"it has no \.mlpackage"):
         packages(open_bundle(bundle))

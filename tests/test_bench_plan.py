@@ -70,8 +70,7 @@ def test_an_own_scenario(scenario, tmp_path):
         ("tokens = 1", None, "tokens = 1; it must be at least 2"),
         ("token = 4", None, "unknown key 'token'; did you mean 'tokens'"),
         ("tokens = 4\nrounds = 0", None, "rounds = 0"),
-        ("tokens = 4\nmin_seconds = inf", None, "min_seconds = inf"),
-        ("tokens = 4\nmin_seconds = nan", None, "min_seconds = nan"),
+        ("tokens = 4\nmin_seconds = inf", None, "min_seconds must be a finite number"),
         (None, 'name = "a"\npicture = "none.png"\n', "neither at .*none.png nor among those that ship"),
         (None, 'name = "a"\npicture = "mine.png"\n[[ask]]\nname = "a"\npicture = "mine.png"\n', "two asks named 'a'"),
         ("tokens = ", None, "is not TOML"),
@@ -80,6 +79,12 @@ def test_an_own_scenario(scenario, tmp_path):
 def test_scenarios_that_are_refused(scenario, head, ask, told):
     with pytest.raises(UsageError, match=told):
         scenario(head or "tokens = 4", ask or 'name = "a"\npicture = "mine.png"\n')
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1.0])
+def test_seconds_that_never_end(seconds):
+    with pytest.raises(UsageError, match="has min_seconds = "):
+        QUICK.changed(min_seconds=seconds)
 
 
 def test_names_and_pictures_that_are_none(scenario, tmp_path):
@@ -148,6 +153,8 @@ def test_devices_that_run_only_some(models):
     bare = make_plan(models, [Place("bare", {"llamacpp": {"cpu": "not installed", "cuda": "nor this"}})], QUICK)
     assert (bare.seats, bare.reference) == ((), None)
     assert [a.reason for a in bare.absent if a.asked and not a.seat.variant.is_original] == ["not installed"]
+    none = make_plan(models, [Place("none", {"llamacpp": {}, "torch": {}})], QUICK)  # every model is told of
+    assert (none.seats, [a.asked for a in none.absent]) == ((), [True] * 3)
 
 
 def test_models_are_named_once(bundle, bundle_copy, golden, tmp_path):
@@ -170,7 +177,7 @@ def test_a_name_means_what_it_means_everywhere(golden, tmp_path, monkeypatch):
     (model,) = look(["mine"], None)
     assert (model.subject.source, model.subject.label) == (str(tmp_path / "mine"), "mine")
     monkeypatch.setattr(models_module, "examine", lambda source, *_, **__: pytest.fail(source))
-    with pytest.raises(pytest.fail.Exception, match="^moondream2$"):
+    with pytest.raises(pytest.fail.Exception, match=r"^moondream2$"):
         look(["moondream2"], None)
 
 

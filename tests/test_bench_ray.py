@@ -3,17 +3,18 @@
 import json
 import socket
 import sys
-import time
 from threading import Thread
+from typing import ClassVar
 
 import pytest
 
-from tests.bench_hosts import ask, check_reply, gone, real_job
+from tests.bench_hosts import ask, check_reply, gone, real_job, wait_for
 from vlmedge.device_bench.hosts.host import Output
 from vlmedge.device_bench.hosts.local import job_line
 from vlmedge.device_bench.hosts.ray import ray_hosts, run_there
 from vlmedge.device_bench.job import Job, Variant, Work
 from vlmedge.errors import RuntimeFailedError, UsageError
+from vlmedge.raycluster import cancel
 
 STORE = 80 * 2**20  # bytes of shared memory a node
 WORKER = """
@@ -76,8 +77,7 @@ def test_each_node_is_a_host(job, bundle, photo, tmp_path):
             doomed_note.unlink()
             thread = Thread(target=lambda: replies.append(doomed.run(job("hang", device=str(doomed_note)), 60)))
             thread.start()
-            while not doomed_note.exists():
-                time.sleep(0.02)
+            wait_for(doomed_note.exists)
             node = next(node for node in machines.worker_nodes if doomed.name.endswith(node.node_id[:8]))
             machines.remove_node(node, allow_graceful=False)
             thread.join(60)
@@ -101,6 +101,24 @@ def test_what_runs_on_a_node(job, tmp_path, photo):
         f"on the node {socket.gethostname()}: there is no {absent}; put it in a folder that all nodes share under the "
         "same path, or name a hub or demo source"
     )
+
+
+def test_what_has_replied_is_not_cancelled():
+    class Ray:
+        """As far as `cancel` uses it; the real one ends this process over a task that has just replied."""
+
+        cancelled: ClassVar[list[str]] = []
+
+        def wait(self, tasks, num_returns, timeout):
+            assert (num_returns, timeout) == (len(tasks), 0)
+            return [task for task in tasks if task == "done"], [task for task in tasks if task != "done"]
+
+        def cancel(self, task, force):
+            self.cancelled.append(task)
+
+    cancel(Ray(), ["one", "done", "other"])
+    cancel(Ray(), [])
+    assert Ray.cancelled == ["one", "other"]
 
 
 def test_addresses_that_are_none():

@@ -218,8 +218,14 @@ def test_only_calm_processes_count_where_there_are_any():
     (found,) = summarise([*calm, hot, busy]).rows
     assert (found.rounds, found.left_out) == (2, 2)
     assert found.stages["decode"].median == pytest.approx(61, rel=0.08)
-    (found,) = summarise([hot, busy]).rows
-    assert (found.rounds, found.left_out) == (2, 0)
+    summary = summarise([hot, busy])
+    (found,) = summary.rows
+    assert (found.rounds, found.left_out, found.calm) == (2, 0, False)
+    assert any(
+        note.startswith(f"The machine was never calm for {found.label} (other programs took up to 0.7")
+        for note in summary.notes
+    )
+    assert told.verdict(summary).state == "warn"
 
 
 # The summary.
@@ -253,8 +259,16 @@ def test_a_fast_wrong_model_does_not_win(full):
     assert any("wrong-mask" in line for line in verdict.lines)
     table = tables.results(full)
     row = next(cells for cells in table.rows if cells[0] == wrong.label)
-    assert row[1:3] == ("disagrees", "31 %")
+    assert row[1:3] == ("disagrees", "31 %\n(0.086)")
     assert table.rows.index(row) in table.bad
+
+
+def test_what_may_be_as_fast_is_named():
+    twin = replace(KINDS[4], variant=replace(KINDS[4].variant, label="twin.gguf"))
+    lines = told.verdict(summarise(run([KINDS[0], KINDS[4], twin], again=False))).lines
+    (alike,) = (line for line in lines if line.startswith("Perhaps as fast, the intervals overlap: "))
+    assert "gguf" in alike
+    assert "original" not in alike
 
 
 def test_the_ranking_at_first_is_not_the_ranking_at_last(full):
@@ -288,6 +302,25 @@ def test_the_reader_is_told_what_weakens_the_numbers(summaries):
     tired = record(KINDS[0], 1, 5, Reply("hung", "no end after 1800 s"), "sustain")
     (note,) = (note for note in summarise([tired, *run()[2:8]]).notes if "under load" in note)
     assert note == "original f32 under load on local was not measured (hung): no end after 1800 s"
+
+
+def test_a_unit_that_nobody_asked_for_is_only_listed():
+    absent = next(r for r in run() if r.reply.status == "unavailable")
+    asked, listed = (summarise([*run(KINDS[:7]), replace(absent, round=n)]) for n in (1, 0))
+    why = f"{absent.variant.label} is not available on local: {absent.reply.reason}"
+    assert why in asked.notes
+    assert why not in listed.notes
+    assert [dict(told.key_numbers(s))["variants measured"] for s in (asked, listed)] == ["7 of 8", "7 of 7"]
+    assert told.verdict(summarise([replace(absent, round=1)])).lines == (
+        f"{absent.variant.label}: {absent.reply.reason}",
+    )
+
+
+def test_an_answer_is_more_than_its_first_token(full):
+    row = next(r for r in full.rows if r.label == "moondream2-q4.gguf")
+    first, whole = dict(tables.parts(row.stages)), dict(tables.parts(row.stages, "end_to_end"))
+    assert sum(whole.values()) == pytest.approx(row.stages["end_to_end"].median, rel=0.01)  # medians do not add up
+    assert whole.keys() - first.keys() == {"decode"}
 
 
 def test_a_device_that_tells_little_still_has_a_row():

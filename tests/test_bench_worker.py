@@ -19,6 +19,7 @@ from tests.hub_server import HubServer, Repo
 from vlmedge.bundle import open_bundle
 from vlmedge.device_bench import agreement, worker
 from vlmedge.device_bench.job import Ask, Job, Variant, Work
+from vlmedge.device_bench.page_cache import cached, drop, fill
 from vlmedge.device_bench.result import Reply
 from vlmedge.errors import RuntimeFailedError
 from vlmedge.loading import load
@@ -93,7 +94,7 @@ def test_counts_load_and_memory(reply, bundle):
     assert big.encoded_crops == big.crops > 2
     assert small.generated == big.generated == TOKENS
     assert reply.load is not None
-    assert reply.load.files == "cold"
+    assert reply.load.files == ("cold" if drop([*bundle.glob("*.gguf")]) else "")
     assert reply.load.ms > 0 < reply.load.import_ms
     memory = reply.memory
     assert memory is not None
@@ -150,6 +151,7 @@ def test_an_anchor_measures_the_machine():
         ({"unit": "cuda"}, {}, "unavailable", "computes on the CPU only; build it anew"),
         ({"unit": "abacus"}, {}, "failed", "has no unit 'abacus'"),
         ({"runtime": "coral"}, {}, "unavailable", "has no runtime 'coral'"),
+        ({"affinity": (4000,)}, {}, "unavailable", "the processors 4000 are not here; it has 0"),
         ({"source": "/nowhere"}, {}, "failed", "/nowhere"),
         ({}, {"tokens": 100_000}, "failed", "100000 tokens do not fit"),
     ],
@@ -193,7 +195,19 @@ def test_a_model_of_the_hub_is_fetched_before_it_is_opened(golden, tmp_path, mon
         reply = worker.work(Job("measure", "local", BRIEF, variant=named, cold=True))
         assert reply.status == "ok", reply.reason
         assert before == [len(hub.requests)] != [0]
-    assert reply.load.files == "cold"
+
+
+def test_files_out_of_the_page_cache_and_in_it(tmp_path):
+    files = [tmp_path / "weights", tmp_path / "empty"]
+    files[0].write_bytes(b"\1" * (1 << 22))
+    files[1].touch()
+    assert fill(files)
+    assert cached(files) in (1.0, None)  # not every system tells
+    out = drop(iter(files))
+    assert cached(files) in ((0.0, None) if out else (1.0, None))  # a disk in memory keeps all
+    assert fill(files)
+    assert not fill([*files, tmp_path / "none"])
+    assert not drop([*files, tmp_path / "none"])
 
 
 def test_logits_that_are_no_numbers_are_told():

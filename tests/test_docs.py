@@ -33,7 +33,8 @@ def test_commands_exist(path):
         assert verb in VERBS, verb
         command = group.get_command(click.Context(group), verb)
         assert command is not None
-        known = {option for parameter in command.params for option in parameter.opts}
+        commands = [command, *getattr(command, "commands", {}).values()]
+        known = {option for each in commands for parameter in each.params for option in parameter.opts}
         for option in re.findall(r"(--[a-z0-9_-]+)", rest):
             assert option in known, f"vlmedge {verb} {option}"
     for script in PATH.findall(text):

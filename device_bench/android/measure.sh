@@ -1,6 +1,8 @@
 #!/system/bin/sh
 # Run one program on a phone and watch it: sh measure.sh RUN SECONDS PROGRAM ARGUMENT...
 #
+# The program ends with the connection: adbd sends this shell a SIGHUP where that is lost (shell_service.cpp).
+#
 # Writes into the folder RUN: out and err (what the program prints), code (its exit code; a signal is 128 more),
 # hung (exists where it was ended after SECONDS), pid, and samples: a line about every 0.2 s of
 #   uptime_s VmHWM_kB RssAnon_kB RssFile_kB current_uA voltage_uV battery_status
@@ -36,6 +38,7 @@ rm -rf "$run"
 mkdir -p "$run" || exit 1
 uptime
 end=$((${up%.*} + limit))
+trap 'kill -9 $! 2>/dev/null; rm -f "$run/pid"; exit 129' HUP
 "$@" >"$run/out" 2>"$run/err" </dev/null &
 pid=$!
 echo $pid >"$run/pid"

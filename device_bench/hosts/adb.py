@@ -23,7 +23,7 @@ from typing import Any, Final
 from vlmedge.bundle import Bundle, open_bundle
 from vlmedge.device_bench.device import Device
 from vlmedge.device_bench.hosts import adb_llamacpp, adb_onnxruntime
-from vlmedge.device_bench.hosts.adb_bridge import Phone, PhoneLostError, find_phone
+from vlmedge.device_bench.hosts.adb_bridge import Phone, PhoneLostError, find_phone, last_line
 from vlmedge.device_bench.hosts.adb_run import MEASURE, ProgramError, Runner
 from vlmedge.device_bench.hosts.adb_stages import Sweep, Task, digest_of, program_files, tasks
 from vlmedge.device_bench.hosts.host import Units
@@ -35,6 +35,7 @@ FOLDER: Final = "/data/local/tmp/vlmedge"
 PROGRAMS: Final = {"llamacpp": adb_llamacpp.PROGRAMS, "onnxruntime": adb_onnxruntime.PROGRAMS}
 FORMATS: Final = {"llamacpp": "gguf", "onnxruntime": "onnx"}
 OPTIONS: Final = ("serial", "folder", *PROGRAMS)
+_SILENT: Final = "it printed nothing"
 _PROBE = 60.0  # seconds for a program to say what it can do
 _FACTS = {
     "phone": "ro.product.model",
@@ -219,7 +220,7 @@ class AdbHost:
         command = shlex.join(["env", f"LD_LIBRARY_PATH={remote}", f"{remote}/llama-bench", "--list-devices"])
         done = self._connected().script(command, _PROBE)
         if done.code != 0:
-            return {"cpu": f"llama-bench does not run on the phone: {_said(done.stdout, done.stderr)}"}
+            return {"cpu": f"llama-bench does not run on the phone: {last_line(done) or _SILENT}"}
         self._llama_devices = adb_llamacpp.units_of(done.stdout)
         return dict.fromkeys(self._llama_devices, "")
 
@@ -238,7 +239,7 @@ class AdbHost:
         words = ["env", *settings, program, "-I", "-m", "times", "-r", "1", "-e", unit]
         words += [*adb_onnxruntime.OPTIONS.get(unit, ()), f"{self._folder}/probe/probe.onnx"]
         done = self._connected().shell(*words, timeout=_PROBE)
-        said = _said(done.stdout, done.stderr)
+        said = last_line(done) or _SILENT
         return "" if done.code == 0 else adb_onnxruntime.reason_of(Path(program), unit, said)
 
     def _missing(self, runtime: str) -> dict[str, str]:
@@ -252,6 +253,8 @@ class AdbHost:
             raise
         except RuntimeFailedError as error:
             return {"cpu": str(error)}
+        except OSError as error:
+            return {"cpu": f"{error.filename} cannot be read: {error.strerror}"}
         return {}
 
     def _connected(self) -> Phone:
@@ -275,8 +278,3 @@ class AdbHost:
         if battery.get("temperature", "").lstrip("-").isdigit():
             heat["battery"] = int(battery["temperature"]) / 10
         return {"battery_percent": battery.get("level", ""), "celsius": heat}
-
-
-def _said(stdout: str, stderr: str) -> str:
-    lines = [line.strip() for line in (stdout + "\n" + stderr).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it printed nothing"

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from vlmedge.device_bench.hosts.host import Output
+from vlmedge.device_bench.hosts.process import run_guarded
 from vlmedge.errors import RuntimeFailedError
 
 INSTALL = "install Android's platform-tools (https://developer.android.com/tools/releases/platform-tools)"
@@ -63,6 +64,10 @@ class Phone:
         """Run a line of shell there. Raises PhoneLostError where the phone has gone."""
         return self._checked(_adb(["-s", self.serial, "shell", text], timeout))
 
+    def watch(self, text: str, timeout: float) -> Output:
+        """As `script`, for what may take long: it ends with this process too, also where that is killed."""
+        return self._checked(run_guarded(["adb", "-s", self.serial, "shell", text], "", timeout))
+
     def push(self, local: Path, remote: str) -> None:
         """Copy one file there, whole or not at all: under another name first, its size compared, then renamed.
 
@@ -102,8 +107,8 @@ class Phone:
             raise PhoneLostError(f"the phone '{self.serial}' has gone: {why}")
 
     def _checked(self, done: Output) -> Output:
-        """A failure that could be the phone's leaving: 255 is what adb says of a shell whose end it did not hear."""
-        if done.code not in (0, None) and (done.code == 255 or _GONE.search(done.stderr)):
+        """A failure that could be the phone's leaving: adb says 255 (`guard` 254) of a shell whose end it missed."""
+        if done.code not in (0, None) and (done.code in (254, 255) or _GONE.search(done.stderr)):
             self.check()
         return done
 
@@ -112,6 +117,7 @@ def last_line(done: Output) -> str:
     """What a program said last, the last 200 characters of it: adb puts long names before its reason."""
     lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
     text = lines[-1].removeprefix("adb: ").removeprefix("error: ") if lines else ""
+    text = "".join(c if c.isprintable() else " " for c in text)
     return text if len(text) <= 200 else f"...{text[-197:]}"
 
 

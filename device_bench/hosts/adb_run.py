@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from vlmedge.device_bench.hosts.adb_bridge import Phone, PhoneLostError, last_line
 from vlmedge.device_bench.hosts.host import Output
+from vlmedge.device_bench.outcome import signal_name, told_memory
 from vlmedge.device_bench.result import Energy, Memory, Status
 from vlmedge.errors import RuntimeFailedError
 
@@ -22,7 +22,6 @@ MEASURE = Path(__file__).parent.parent / "android" / "measure.sh"
 COUNTER = "battery current x voltage, read every 0.2 s"
 _GRACE = 30.0  # seconds that the phone gets to end a program itself
 _SIGKILL = 137
-_NO_MEMORY = re.compile(r"bad_alloc|[Cc]annot allocate memory|[Oo]ut of memory|failed to allocate|Failed to allocate")
 
 
 class ProgramError(RuntimeFailedError):
@@ -100,10 +99,10 @@ class Runner:
         variables = [f"{key}={value}" for key, value in environment.items()]
         places = (f"{run}{word.removeprefix('{run}')}" if word.startswith("{run}/") else word for word in program)
         words = ["env", *variables, *self._bound, *places]
-        command = shlex.join(["sh", f"{self._folder}/measure.sh", run, str(int(left)), *words])
+        command = shlex.join(["exec", "sh", f"{self._folder}/measure.sh", run, str(int(left)), *words])
         ended = False
         try:
-            done = self._phone.script(command, left + _GRACE)
+            done = self._phone.watch(command, left + _GRACE)
             ended = done.code is not None
             self.ran.append(self._read(run, name, done, keep))
         finally:
@@ -150,7 +149,7 @@ class Runner:
     def _end(self, run: str) -> None:
         """Nothing goes on running there after an interruption."""
         where = shlex.quote(f"{run}/pid")
-        with suppress(PhoneLostError):  # the phone ends the program itself when its time is over
+        with suppress(PhoneLostError):  # measure.sh ends it when the connection is lost, or its time is over
             self._phone.script(f"[ -f {where} ] && kill -9 $(cat {where})")
 
 
@@ -163,12 +162,13 @@ def judge(name: str, done: Output, *, hung: bool, timeout: float) -> ProgramErro
         return None
     if done.code is None:
         return ProgramError("crashed", f"{name} and the shell that watched it were ended on the phone")
-    if _NO_MEMORY.search(done.stdout + done.stderr):
-        return ProgramError("out_of_memory", f"{name} got no memory on the phone: {said}")
+    if memory := told_memory(done.stdout) or told_memory(done.stderr):
+        return ProgramError("out_of_memory", f"{name} got no memory on the phone: {memory}")
     if done.code == _SIGKILL:
         return ProgramError("out_of_memory", f"{name} was killed on the phone, as Android does where memory is short")
     if 128 < done.code < 193:
-        return ProgramError("crashed", f"{name} crashed on the phone: {_signal(done.code - 128)}; {said}".rstrip("; "))
+        how = signal_name(done.code - 128)
+        return ProgramError("crashed", f"{name} crashed on the phone: {how}; {said}".rstrip("; "))
     if done.code in (126, 127):
         return ProgramError("failed", f"{name} cannot be run on the phone: {said}; is it built for Android and arm64?")
     return ProgramError("failed", f"{name} failed on the phone with the code {done.code}: {said}")
@@ -217,10 +217,3 @@ def _number(word: str) -> int | None:
 def _code(found: Mapping[str, str]) -> int | None:
     word = found.get("code", "").strip()
     return int(word) if word.isdigit() else None
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

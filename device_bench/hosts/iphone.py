@@ -23,8 +23,10 @@ from __future__ import annotations
 import asyncio
 import importlib
 import platform
+import re
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,6 +45,7 @@ RUNTIME: Final = "coreml"
 UNITS: Final = ("all", "cpu_and_gpu", "cpu_and_ne", "cpu_only")
 ASK: Final = "random inputs"
 NO_AGREEMENT: Final = "coremltools' benchmarker feeds random inputs and gives no outputs back"
+_PLAIN = re.compile(r"[\w@%+=:,./~-]+", re.ASCII)  # what no shell reads otherwise, and a home folder
 _EXPERIMENTAL = "coremltools.models.ml_program.experimental"
 # A bundle's component -> the stage of one call of its model.
 _STAGES: Final = {"vision": "vision", "projector": "project", "decoder": "decode"}
@@ -55,8 +58,13 @@ class IphoneHost:
         unknown = sorted(set(device.options) - OPTIONS)
         if unknown:
             raise UsageError(f"an iPhone has no option '{unknown[0]}'; it has {', '.join(sorted(OPTIONS))}")
+        for key in ("team", "folder"):
+            value = device.options.get(key, "")
+            if value and not _PLAIN.fullmatch(value):
+                raise UsageError(f"coremltools hands the option {key} to a shell as it is: '{value}' is not plain")
         self._options = device.options
         self._runner: asyncio.Runner | None = None
+        self._temporary: TemporaryDirectory[str] | None = None
         self._phone: Any = None
 
     @property
@@ -78,7 +86,8 @@ class IphoneHost:
             self._phone = self._runner.run(phone.prepare_for_model_debugging(signing, self._folder()))
         except _failures() as error:
             self.close()
-            raise RuntimeFailedError(f"the iPhone cannot be used: {excerpt(str(error))}") from None
+            remedy = "unlock it, switch its Developer Mode on, and see that the option team may sign apps in Xcode"
+            raise RuntimeFailedError(f"the iPhone cannot be used: {excerpt(str(error))}; {remedy}") from None
 
     def units(self) -> Units:
         """Core ML's compute units; why not, where this is no Mac with Xcode, coremltools and a phone."""
@@ -107,7 +116,9 @@ class IphoneHost:
         """Let go of the phone; the app stays on it."""
         if self._runner is not None:
             self._runner.close()
-        self._runner = self._phone = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        self._runner = self._phone = self._temporary = None
 
     # ---- inside -----------------------------------------------------------------------------------------------
 
@@ -121,9 +132,11 @@ class IphoneHost:
             f"one iPhone is needed, connected are: {names}; connect it by cable, unlock it, and give the option name"
         )
 
-    def _folder(self) -> Path | None:
+    def _folder(self) -> Path:
+        """Where the app is built; models go through it to the phone too, so it stays until `close`."""
         if "folder" not in self._options:
-            return None
+            self._temporary = TemporaryDirectory(prefix="vlmedge-iphone-", ignore_cleanup_errors=True)
+            return Path(self._temporary.name)
         folder = Path(self._options["folder"]).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -205,6 +218,11 @@ def _module(name: str) -> ModuleType:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What coremltools raises: for the phone's answers an error of its own that it does not export."""
-    own = getattr(_module("remote_device"), "_DeviceCtlError", RuntimeError)
-    return (ValueError, TypeError, RuntimeError, OSError, own)
+    """What coremltools raises: for the phone's answers and for xcodebuild errors of its own that it does not export.
+
+    AttributeError: `call_method` reads the answer that never came.
+    """
+    remote = _module("remote_device")
+    phone = getattr(remote, "_DeviceCtlError", RuntimeError)
+    build = getattr(getattr(remote, "_AppBuilder", None), "Error", RuntimeError)
+    return (ValueError, TypeError, AttributeError, RuntimeError, OSError, phone, build)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from vlmedge.device_bench.hosts import guard
-from vlmedge.device_bench.hosts.host import Output, Units
-from vlmedge.device_bench.hosts.process import run_process
+from vlmedge.device_bench.hosts.host import Units
+from vlmedge.device_bench.hosts.process import run_guarded
 from vlmedge.device_bench.job import Job
 from vlmedge.device_bench.outcome import read_reply, read_units
 from vlmedge.device_bench.result import Reply
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 WORKER: Final = ("-P", "-m", "vlmedge.device_bench.worker")  # -P: the folder that one stands in is no place of modules
 UNITS: Final = "--units"
 UNITS_TIME: Final = 120.0  # seconds: every runtime is imported, on a slow disk too
-_GRACE = 5.0  # seconds after which the guard ends what this process should have ended
 
 
 class LocalHost:
@@ -58,15 +55,3 @@ class LocalHost:
 def job_line(job: Job) -> str:
     """What a worker reads: the job as one line of JSON."""
     return json.dumps(encode(job)) + "\n"
-
-
-def run_guarded(command: Sequence[str], line: str, timeout: float, env: Mapping[str, str] | None = None) -> Output:
-    """Run a command that reads one line, for at most `timeout` seconds, under `guard`: it cannot outlive this process.
-
-    Its environment is this process's or `env`. Raises RuntimeFailedError where no process can be started.
-    """
-    guarded = (sys.executable, "-I", str(Path(guard.__file__)), str(timeout + _GRACE), *command)
-    try:
-        return run_process(guarded, line or "\n", timeout, hold=True, env=env)
-    except OSError as error:
-        raise RuntimeFailedError(f"no process can be started here: {error.strerror}; {sys.executable}") from None

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from threading import Thread
 from typing import IO, BinaryIO, Final
 
+from vlmedge.device_bench.hosts import guard
 from vlmedge.device_bench.hosts.host import Output
+from vlmedge.errors import RuntimeFailedError
 
 STDOUT: Final = 32 << 20  # bytes that are kept of each stream, from its end; a long sustain job's reply has some MB
 STDERR: Final = 1 << 20
+_LOOK = 0.5  # seconds between two looks at a process: Windows hears no Ctrl-C while it waits for one
+_GRACE = 5.0  # seconds after which the guard ends what this process should have ended
 _LAST_WORDS = 2.0  # seconds for reading what a process that has ended left in its pipes
 
 
@@ -45,9 +52,7 @@ def run_process(
     try:
         for thread in (feeder, *tails):
             thread.start()
-        code: int | None = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        code = None
+        code = _waited(process, timeout)
     finally:
         _end(process)
         deadline = time.monotonic() + _LAST_WORDS
@@ -57,6 +62,18 @@ def run_process(
             process.stdin.close()
     stdout, stderr = (tail.text() for tail in tails)
     return Output(code, stdout, stderr)
+
+
+def run_guarded(command: Sequence[str], line: str, timeout: float, env: Mapping[str, str] | None = None) -> Output:
+    """Run a command that reads one line, for at most `timeout` seconds, under `guard`: it cannot outlive this process.
+
+    Its environment is this process's or `env`. Raises RuntimeFailedError where no process can be started.
+    """
+    guarded = (sys.executable, "-I", str(Path(guard.__file__)), str(timeout + _GRACE), *command)
+    try:
+        return run_process(guarded, line or "\n", timeout, hold=True, env=env)
+    except OSError as error:
+        raise RuntimeFailedError(f"no process can be started here: {error.strerror}; {sys.executable}") from None
 
 
 class _Tail(Thread):
@@ -95,6 +112,15 @@ def _start(command: Sequence[str], env: Mapping[str, str] | None) -> subprocess.
         start_new_session=os.name != "nt",
         creationflags=flags,
     )
+
+
+def _waited(process: subprocess.Popen[bytes], timeout: float | None) -> int | None:
+    """Its exit code, None where it did not end in time."""
+    end = time.monotonic() + (math.inf if timeout is None else timeout)
+    while (left := end - time.monotonic()) > 0:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, _LOOK))
+    return process.poll()
 
 
 def _feed(source: BinaryIO, sink: IO[bytes], hold: bool) -> None:

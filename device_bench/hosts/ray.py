@@ -16,7 +16,8 @@ from typing import Any, Final
 from vlmedge import __version__
 from vlmedge.device_bench.hosts.files import renamed
 from vlmedge.device_bench.hosts.host import Host, Output, Units
-from vlmedge.device_bench.hosts.local import UNITS, UNITS_TIME, WORKER, job_line, run_guarded
+from vlmedge.device_bench.hosts.local import UNITS, UNITS_TIME, WORKER, job_line
+from vlmedge.device_bench.hosts.process import run_guarded
 from vlmedge.device_bench.job import Job
 from vlmedge.device_bench.outcome import read_reply, read_units
 from vlmedge.device_bench.result import Reply

@@ -66,7 +66,7 @@ class Task:
 
 
 class Served:
-    """The page at an address that cannot be guessed, so no other page and no other user finds it.
+    """The page at an address that cannot be guessed, so no other page finds it.
 
     `modules`: the `dist` folder of onnxruntime-web. `listen`: "ADDRESS" or "ADDRESS:PORT" of this machine. Raises
     UsageError for one that cannot be used.
@@ -223,9 +223,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(0.5)
         while not self.server.closing:
             with suppress(TimeoutError):
-                if not self.connection.recv(1):
+                if not self._heard():
                     task.events.put(Event("gone"))
                     return
+
+    def _heard(self) -> bytes:
+        """What the page sends, nothing where the connection has ended or is cut; TimeoutError while it is silent."""
+        try:
+            heard: bytes = self.connection.recv(1)
+        except ConnectionError:
+            return b""
+        return heard
 
     def _send(self, content: Content, kind: str = "") -> None:
         if isinstance(content, bytes):

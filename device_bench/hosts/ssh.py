@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -39,6 +40,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
 }
 _OLDEST = (3, 11)
 _NEEDED = ("numpy", "PIL", "tokenizers")
+_KINDS = {"probe": dict, "missing": list, "put": bool, "unpack": bool, "lacks": list}  # of `remote`'s answers
 _RUNTIMES = ("onnxruntime", "llama_cpp", "torch")  # one at least; the first comes with vlmedge
 _EXTRAS = {"llamacpp": "llama_cpp", "torch": "torch"}
 _GRACE = 5.0  # seconds after which the guard there ends what a lost connection did not
@@ -51,7 +53,7 @@ class SshHost:
 
     def __init__(self, device: Device, command: Sequence[str] | None = None) -> None:
         options = _options(device.options)
-        self._connection = Connection(options["address"], options["port"], options["config"])
+        self._connection = Connection(options["address"], options["port"], os.path.expanduser(options["config"]))
         self._options = options
         self._command = command
         self._python = _expanded(options["python"])
@@ -106,8 +108,7 @@ class SshHost:
 
     def _guarded(self, timeout: float) -> tuple[str, ...]:
         worker = self._command or (self._python, *WORKER)
-        path = f"PYTHONPATH={self._library}"
-        return ("env", path, self._python, "-I", "-c", _text(guard), str(timeout + _GRACE), *worker)
+        return ("env", f"PYTHONPATH={self._library}", *_guard(self._python, timeout), *worker)
 
     def _bring(self, job: Job) -> dict[str, str]:
         """Copy what is not there; the names that the job's files have there."""
@@ -176,15 +177,27 @@ class SshHost:
         words = (self._python, "-P" if verb == "lacks" else "-I", "-c", _text(remote), verb, *arguments)
         said = self._say(words, stdin, timeout, verb)
         try:
-            return json.loads(said.splitlines()[-1])
+            answer = json.loads(said.splitlines()[-1])
         except (ValueError, IndexError):
-            raise RuntimeFailedError(f"{self.name} answers '{verb}' with something else: {last_line(said)}") from None
+            answer = None
+        if not isinstance(answer, _KINDS[verb]):
+            raise RuntimeFailedError(f"{self.name} answers '{verb}' with something else: {last_line(said)}")
+        return answer
 
     def _install(self, *words: str) -> None:
-        self._say(words, "", _INSTALL, "installing what vlmedge needs")
+        """Let the first word, a Python there, run a module; it ends with the connection."""
+        try:
+            self._say((*_guard(words[0], _INSTALL), *words), "\n", _INSTALL, "installing what vlmedge needs", hold=True)
+        except LostError:
+            raise
+        except RuntimeFailedError as error:
+            remedy = f"see that Python there has venv and pip (python3-venv), remove {self._folder}/venv, and run again"
+            raise RuntimeFailedError(f"{error}; {remedy}") from None
 
-    def _say(self, words: Sequence[str], stdin: str | BinaryIO, timeout: float | None, what: str) -> str:
-        output = self._connection.call(words, stdin, timeout)
+    def _say(
+        self, words: Sequence[str], stdin: str | BinaryIO, timeout: float | None, what: str, *, hold: bool = False
+    ) -> str:
+        output = self._connection.call(words, stdin, timeout, hold=hold)
         if output.code == LOST:
             raise LostError(self._connection.failure(output.stderr))
         if output.code == 127:
@@ -195,6 +208,11 @@ class SshHost:
                 f"{what} failed on {self.name}: {said}" if output.code else f"{what} took too long"
             )
         return output.stdout
+
+
+def _guard(python: str, timeout: float) -> tuple[str, ...]:
+    """The words before a command that is to end with the connection."""
+    return (python, "-I", "-c", _text(guard), str(timeout + _GRACE))
 
 
 def _options(given: Mapping[str, str]) -> dict[str, str]:

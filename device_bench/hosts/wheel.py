@@ -6,6 +6,7 @@ import base64
 import hashlib
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from io import BytesIO
@@ -21,8 +22,12 @@ _INFO = f"vlmedge-{__version__}.dist-info"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: vlmedge\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 
 
+@cache
 def build_wheel() -> bytes:
-    """The wheel's bytes, the same for the same files. `NAME` is its file name; pip installs it and what it requires."""
+    """The wheel's bytes, the same for the same files. `NAME` is its file name; pip installs it and what it requires.
+
+    Built once in a process: all machines of a run get the same.
+    """
     members = dict(_members())
     members[f"{_INFO}/METADATA"] = _metadata().encode()
     members[f"{_INFO}/WHEEL"] = _WHEEL.encode()

@@ -11,6 +11,7 @@
  *
  * The KV cache grows: each call gives the whole cache back as new tensors, so an older state stays valid. With WebGPU it
  * may stay on the device (`preferredOutputLocation: "gpu-buffer"`); its tensors there are freed by `drop`, not by themselves.
+ * All other outputs are fetched, and freed there (`getData(true)`).
  */
 
 const SESSIONS = ["vision_encoder", "vision_projection", "embed_tokens", "decoder_model_merged"];
@@ -61,7 +62,7 @@ export class Model {
   async vision(pixels, count) {
     const { size } = this.spec.image;
     const feed = { pixel_values: this.tensor("float32", normalise(pixels, this.spec.image), [count, 3, size, size]) };
-    return (await this.sessions.vision_encoder.run(feed)).image_features.getData();
+    return (await this.sessions.vision_encoder.run(feed)).image_features.getData(true);
   }
 
   /** Features of one picture's crops (the global one first) to embeddings float32 [image tokens * width]. */
@@ -75,13 +76,13 @@ export class Model {
       feed.pool_rows = this.tensor("float32", poolMatrix(height, side), [side, height]);
       feed.pool_columns = this.tensor("float32", poolMatrix(width, side), [side, width]);
     }
-    return (await this.sessions.vision_projection.run(feed)).image_embeds.getData();
+    return (await this.sessions.vision_projection.run(feed)).image_embeds.getData(true);
   }
 
   /** Token ids to embeddings float32 [n * width]. */
   async embed(ids) {
     const feed = { input_ids: this.tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]) };
-    return (await this.sessions.embed_tokens.run(feed)).inputs_embeds.getData();
+    return (await this.sessions.embed_tokens.run(feed)).inputs_embeds.getData(true);
   }
 
   /** Append embeddings float32 [n * width] to the cache; the logits of the last position, float32 [vocab]. */
@@ -97,7 +98,7 @@ export class Model {
     const names = Object.keys(this.state.cache);
     const cache = Object.fromEntries(names.map((name) => [name, out[name.replace("past_key_values", "present")]]));
     this.state = { position, cache };
-    return out.logits.getData();
+    return out.logits.getData(true);
   }
 
   /** Append token ids; the logits of the last one. */

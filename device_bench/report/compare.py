@@ -88,9 +88,11 @@ def compare(a: Sequence[Record], b: Sequence[Record], tolerance: float) -> Compa
     """
     before, after = by_row(last_tries(a)), by_row(last_tries(b))
     unlike = tuple(_unlike(before, after))
-    keys = dict.fromkeys((*before, *after))
-    rows = tuple(_compared(key, before.get(key, ()), after.get(key, ()), tolerance) for key in keys)
-    return Comparison(_runs(a), _runs(b), tolerance, not unlike, (*unlike, *_few(before, after)), rows)
+    pairs = {key: (before.get(key, ()), after.get(key, ())) for key in dict.fromkeys((*before, *after))}
+    meant = {key: pair for key, pair in pairs.items() if not all(map(_is_listed, pair))}
+    rows = tuple(_compared(key, *pair, tolerance) for key, pair in meant.items())
+    notes = (*unlike, *_strangers(rows), *_few(before, after))
+    return Comparison(_runs(a), _runs(b), tolerance, not unlike, notes, rows)
 
 
 def judge(found: Ratio, worse: str, tolerance: float, *, exact: bool = False) -> Verdict:
@@ -106,11 +108,21 @@ def judge(found: Ratio, worse: str, tolerance: float, *, exact: bool = False) ->
 
 def _compared(key: tuple[str, str], a: Sequence[Record], b: Sequence[Record], tolerance: float) -> Compared:
     device, label = key
-    if not a or not b:
+    if _is_listed(a) or not b:
         return Compared(device, label, "new" if b else "missing")
     reasons = dict.fromkeys(r.reply.reason for r in b if r.reply.reason)
     changes = tuple(_changes((counted(a), counted(b)), tolerance))
     return Compared(device, label, _state(_failing(a), _failing(b)), changes, "; ".join(reasons))
+
+
+def _is_listed(records: Sequence[Record]) -> bool:
+    """Is it only a unit that was not there and not asked for, or nothing at all?"""
+    return all(r.round == 0 and r.reply.status == "unavailable" for r in records)
+
+
+def _strangers(rows: Sequence[Compared]) -> Iterable[str]:
+    if all(row.state in ("missing", "new") for row in rows):
+        yield "A and B have no row in common: rows match by device and label, which comes from the folder's name"
 
 
 def _state(before: float, after: float) -> State:

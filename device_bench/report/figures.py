@@ -111,9 +111,11 @@ def against_size(summary: Summary) -> Html:
         return Html()
     keys = element("ol", *(element("li", name(row, summary)) for row in rows), class_="keys")
     y = linear_axis(row.stages["decode_rate"].median for row in rows)
+    unit, word = (1e9, "GB") if max(row.variant.bytes for row in rows) >= 1e9 else (1e6, "MB")
     by_size = _scatter(
-        summary, rows, linear_axis(_gb(row) for row in rows), y, _gb, lambda _: 0.0,
-        ("size of the files, GB", "decode, tokens/s"), "Decode rate against size", "Up and to the left is better.",
+        summary, rows, linear_axis(r.variant.bytes / unit for r in rows), y, lambda r: r.variant.bytes / unit,
+        lambda _: 0.0,
+        (f"size of the files, {word}", "decode, tokens/s"), "Decode rate against size", "Up and to the left is better.",
     )  # fmt: skip
     known = [row for row in rows if row.agreement]
     largest = max(row.variant.bytes for row in rows) or 1
@@ -211,16 +213,19 @@ _ROOM = 90  # dots in a lane
 
 def under_load(summary: Summary) -> Html:
     """Decode rate and answer time, minute by minute."""
-    found = [f for device in summary.devices for f in _loaded([s for s in summary.sustained if s.device == device])]
+    found: list[Html] = []
+    for device in summary.devices:
+        where = f" on {device}" if len(summary.devices) > 1 else ""
+        found += _loaded([s for s in summary.sustained if s.device == device], where)
     return element("div", *found, class_="plots") if found else Html()
 
 
-def _loaded(found: Sequence[Sustained]) -> Iterable[Html]:
+def _loaded(found: Sequence[Sustained], where: str) -> Iterable[Html]:
     for stage in ("decode_rate", "first_token", "end_to_end"):
         title = f"{STAGES[stage].title}, {STAGES[stage].unit}"
         lines = [Curve(s.label, _points(s.curves[stage].points)) for s in found if stage in s.curves]
         yield from _curves(
-            lines, ("minute", title), f"Under load: {STAGES[stage].title}", f"{title}, each minute's median"
+            lines, ("minute", title), f"Under load{where}: {STAGES[stage].title}", f"{title}, each minute's median"
         )
 
 
@@ -245,7 +250,7 @@ def _anchors(device: str, threads: int, found: Sequence[Anchor]) -> Iterable[Htm
     for kind, rate in first.gemm.items():
         if rate > 0 and all(kind in a.ceiling.gemm for a in found):
             lines.append(Curve(f"{kind} products", tuple((a.minute, 100 * a.ceiling.gemm[kind] / rate) for a in found)))
-    sentence = f"{device}, {threads} threads: what it can do, in percent of the first measurement"
+    sentence = f"{device}, {threads} thread{'s' * (threads > 1)}: what it can do, in percent of the first measurement"
     yield from _curves(
         lines, ("minute", "percent of the first"), "The machine through the run", sentence, (90.0, 105.0)
     )
@@ -266,10 +271,6 @@ def _curves(
 
 def _state(row: Row) -> str:
     return "bad" if row.disagrees else "plain"
-
-
-def _gb(row: Row) -> float:
-    return row.variant.bytes / 1e9
 
 
 def _top1(row: Row) -> float:

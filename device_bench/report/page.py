@@ -84,7 +84,8 @@ def _two_lines(text: str) -> str:
 
 
 def _stages(summary: Summary) -> list[Html]:
-    asks = [listed(tables.stages(summary, ask.name)) for ask in summary.work.asks]
+    several = summary.work.asks if len(summary.work.asks) > 1 else ()
+    asks = [listed(tables.stages(summary, ask.name)) for ask in several]
     by_question = page.folded("Question by question", join(*asks) if any(asks) else Html())
     return [listed(tables.stages(summary)), by_question]
 

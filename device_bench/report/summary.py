@@ -131,12 +131,16 @@ def _of_the_machine(records: Sequence[Record], rows: Sequence[Row]) -> Iterable[
     restless = [r.label for r in rows if not r.calm]
     if restless:
         yield (
-            f"The machine was never calm for {', '.join(restless)}{_takers(records)}: their numbers are those of a busy "
-            "machine; run again when it has nothing else to do."
+            f"The machine was never calm for {', '.join(restless)}{_takers(records)}: their numbers are those of a "
+            "busy machine; run again when it has nothing else to do."
         )
     single = [r.label for r in rows if r.rounds == 1]
     if single:
         yield f"A single process each: {', '.join(single)}. Intervals from its samples alone are too narrow."
+
+
+def _other_answers(found: Row) -> int:
+    return sum(not ask.same_answer for ask in found.agreement.asks) if found.agreement else 0
 
 
 def _takers(records: Sequence[Record]) -> str:
@@ -149,8 +153,11 @@ def _of_the_original(records: Sequence[Record], rows: Sequence[Row]) -> Iterable
     for record in records:
         if record.kind == "reference" and record.reply.status != "ok":
             yield f"The original gave no answers to compare with ({record.reply.status}): {record.reply.reason}"
-    if rows and not any(r.agreement for r in rows):
+    if any(r.stages for r in rows) and not any(r.agreement for r in rows):
         yield "Nothing was compared with an original: nothing here says that the answers are right."
+    other = [f"{r.label} {n} of {len(r.agreement.asks)}" for r in rows if r.agreement and (n := _other_answers(r))]
+    if other:
+        yield f"Answers that are not the original's, word by word: {', '.join(other)}."
     for found in rows:
         if found.disagrees and found.agreement:
             yield (

@@ -47,19 +47,19 @@ def measured(summary: Summary) -> list[Row]:
 def results(summary: Summary) -> Listed:
     """The first table: what it costs and whether it is right, in one row."""
     titles = (
-        "variant", "state", "top-1\nagrees", "first token\nms", "decode\ntokens/s", "answer\nms", "peak memory\nMB",
+        "variant", "state", "top-1\nKL, nats", "first token\nms", "decode\ntokens/s", "answer\nms", "peak memory\nMB",
         "same\nanswers", "of the\nbandwidth", "size",
     )  # fmt: skip
     rows = [(name(row, summary), row.state.replace("_", " "), *_result(row)) for row in summary.rows]
     bad = frozenset(i for i, row in enumerate(summary.rows) if row.state != "ok")
-    caption = "Medians over all questions; below them their 95 % intervals"
+    caption = "Medians over all questions; below them their 95 % intervals, below top-1 the KL divergence"
     return Listed(caption, titles, tuple(rows), frozenset((0, 1)), bad)
 
 
 def _result(row: Row) -> Cells:
     agreement = row.agreement
     return (
-        NONE if agreement is None else share(agreement.top1),
+        NONE if agreement is None else f"{share(agreement.top1)}\n({number(float(f'{agreement.kl:.2g}'))})",
         *(middle(row.stages.get(stage)) for stage in ("first_token", "decode_rate", "end_to_end")),
         middle(row.memory.get("peak")),
         NONE if agreement is None else share(agreement.same_answers),

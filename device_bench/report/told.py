@@ -37,7 +37,9 @@ def verdict(summary: Summary) -> Verdict:
         return Verdict("bad" if wrong or not summary.sustained else "good", _nothing(summary), lines)
     stage = next(stage for stage in RANKED if any(stage in row.stages for row in right))
     best = min((row for row in right if stage in row.stages), key=lambda r: r.stages[stage].median)
-    lines = (_speed(best), *_beside(best), *_agreeing(best), *wrong, *_restless(best))
+    near = [name(row, summary) for row in right if row is not best and _may_be_as_fast(row, best, stage)]
+    alike = (f"Perhaps as fast, the intervals overlap: {', '.join(near)}.",) if near else ()
+    lines = (_speed(best), *alike, *_beside(best), *_agreeing(best), *wrong, *_restless(best))
     doubtful = wrong or best.agreement is None or not best.calm
     return Verdict("warn" if doubtful else "good", f"{_word(best)}: {name(best, summary)}", lines)
 
@@ -57,7 +59,8 @@ def key_numbers(summary: Summary) -> list[tuple[str, str]]:
         known = [(sign * row.stages[stage].median, row) for row in right if stage in row.stages]
         if known:
             best = min(known, key=lambda k: k[0])[1]
-            value = f"{number(best.stages[stage].median)} {STAGES[stage].unit}"
+            middle, unit = best.stages[stage].median, STAGES[stage].unit
+            value = _ms(middle) if unit == "ms" else f"{number(middle)} {unit}"
             found.append((f"{STAGES[stage].title}, at best", f"{value}\n{name(best, summary)}"))
     known = [(row.memory["peak"].median, row) for row in right if "peak" in row.memory]
     if known:
@@ -83,9 +86,10 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
     warm = f"{_of(work.warmup, 'answer')} for warm-up, then " if work.warmup else ""
     again = f", and on until {number(work.min_seconds)} s are over" if work.min_seconds else ""
     rounds = max((sum(row.statuses.values()) for row in summary.rows), default=0)
+    repeats = f"{_of(rounds, 'process')} of each variant; in each, {warm}every question {work.repeat}\u00d7{again}"
     return [
         ("scenario", f"{work.scenario}: {_of(len(work.asks), 'question')}, {work.tokens} tokens each"),
-        ("repeats", f"{_of(rounds, 'process')} of each variant; in each, {warm}every question {work.repeat}\u00d7{again}"),
+        *([("repeats", repeats)] if rounds else []),
         ("devices", ", ".join(d if d == host else f"{d} ({host})" for d, host in summary.devices.items())),
         ("date", f"{summary.started.replace('T', ' ').replace('+00:00', '')} UTC, {_minutes(summary.minutes)}"),
         ("run", ", ".join(summary.runs)),
@@ -153,6 +157,13 @@ def _wrong(summary: Summary) -> Iterable[str]:
     other = [name(r, summary) for r in summary.rows if r.disagrees]
     if other:
         yield f"Says something else than the original: {', '.join(other)}."
+
+
+def _may_be_as_fast(row: Row, best: Row, stage: str) -> bool:
+    if stage not in row.stages:
+        return False
+    low, high = row.stages[stage].low, best.stages[stage].high
+    return low is not None and high is not None and low <= high
 
 
 def _restless(best: Row) -> Iterable[str]:

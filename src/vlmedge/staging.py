@@ -66,7 +66,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise _output_error(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is none, there is none of it either
+            part.unlink(missing_ok=True)
 
 
 def lock(handle: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,12 +10,14 @@ import click
 from vlmedge.cli.bench_reports import compare, devices, report
 from vlmedge.cli.console import json_option, one_of, print_json, print_table, quiet_option, shown, threads_option
 from vlmedge.cli.options import pickle_option
-from vlmedge.errors import VlmedgeError
+from vlmedge.errors import UsageError, VlmedgeError
+from vlmedge.webpage.markup import printable
 
 if TYPE_CHECKING:
     from vlmedge.device_bench.report.summary import Summary
 
 RUN = "run"
+_LESS = ("same\nanswers", "of the\nbandwidth", "size")  # columns that a narrow terminal does without
 
 
 class _StoppedError(VlmedgeError):
@@ -23,14 +26,33 @@ class _StoppedError(VlmedgeError):
     exit_code = 130
 
 
+def _processors(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Numbers from a list such as 0,2-3."""
+    if value is None:
+        return ()
+    ends = [part.partition("-") for part in value.split(",")]
+    if not all(first.isdecimal() and (last.isdecimal() or not dash) for first, dash, last in ends):
+        raise UsageError(f"--affinity takes processors such as 0,2-3, not '{value}'")
+    found = {n for first, dash, last in ends for n in range(int(first), int(last if dash else first) + 1)}
+    return tuple(sorted(found))
+
+
 class _Bench(click.Group):
     """`vlmedge bench SOURCE...` measures; a few words in the place of the first source do something else."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the word for measuring in front where none of the others stands there."""
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = [RUN, *args]
+        helped = any(arg in ctx.help_option_names for arg in args)
+        if not args or args[0] not in self.commands:
+            args = list(ctx.help_option_names[:1]) if helped else [RUN, *args]
         return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Measuring has no word of its own in messages, as it needs none on the command line."""
+        name, found, rest = super().resolve_command(ctx, args)
+        return "" if name == RUN else name, found, rest
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The usage of measuring, and of the rest."""
@@ -72,6 +94,7 @@ def command() -> None:
 @click.option("--min-seconds", type=click.FloatRange(0), metavar="S", help="... and go on for so long.")
 @click.option("--tokens", type=click.IntRange(2), metavar="N", help="Tokens of an answer [default: the scenario's].")
 @click.option("--timeout", type=click.FloatRange(1), default=600, show_default=True, metavar="S", help="Of one job.")
+@click.option("--affinity", callback=_processors, metavar="N,N-N", help="Use these processors only [default: all].")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Positions to keep memory for [default: all].")
 @click.option(
     "--memory", callback=one_of("fast", "lean"), default="fast", show_default=True, metavar="fast|lean", help="Weights."
@@ -119,15 +142,30 @@ def run(
 
 
 def _print(summary: Summary) -> None:
-    """The table of results, and what a reader must know of it."""
-    from vlmedge.device_bench.report.tables import results
+    """The table of results as far as the terminal is wide, the fastest, and what a reader must know."""
+    from rich.console import Console
 
-    table = results(summary)
-    columns = [" ".join(title.split("\n")) for title in table.columns]
-    right = [title for i, title in enumerate(columns) if i not in table.words]
-    print_table("", columns, table.rows, right=right)
+    from vlmedge.device_bench.report.tables import results
+    from vlmedge.device_bench.report.told import verdict
+
+    table, console = results(summary), Console()
+    columns, rows = table.columns, table.rows
+    if console.is_terminal and console.width < _width(columns, rows):
+        rows = tuple(tuple(cell.split("\n")[0] for cell in row) for row in rows)
+    if console.is_terminal and console.width < _width(columns, rows):
+        kept = [i for i, title in enumerate(columns) if title not in _LESS and (i != 1 or table.bad)]
+        columns, rows = tuple(columns[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in rows)
+    if rows:
+        print_table("", columns, rows, right=[title for title in columns if title not in ("variant", "state")])
+    click.echo(printable(verdict(summary).word))
     for line in summary.notes:
-        click.echo(line)
+        click.echo(f"- {printable(line)}")
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How wide a table is, its margins included."""
+    cells = ([line for cell in column for line in cell.split("\n")] for column in zip(columns, *rows, strict=True))
+    return 1 + sum(max(map(len, column)) + 3 for column in cells)
 
 
 for _verb in (run, compare, report, devices):

@@ -29,7 +29,10 @@ def _tolerance(_context: click.Context, _parameter: click.Parameter, value: str)
 )
 @json_option
 def compare(before: str, after: str, tolerance: float, as_json: bool) -> None:
-    """Compare run B with run A; exit code 1 where something became worse by more than the tolerance."""
+    """Compare run B with run A; exit code 1 where something became worse.
+
+    That is: by more than the tolerance, and for sure (the whole 95 % interval), or where a row fails or is gone.
+    """
     from vlmedge.device_bench.report.compare import compare as compared
     from vlmedge.device_bench.report.compare_text import render_text
     from vlmedge.device_bench.report.load import read_records
@@ -51,8 +54,11 @@ def report(folder: str) -> None:
     from vlmedge.device_bench.bench import write_reports
     from vlmedge.device_bench.report.load import read_records
 
-    write_reports(Path(folder), read_records(Path(folder)))
-    click.echo(f"report: {Path(folder) / 'report.html'}")
+    path = Path(folder)
+    records = read_records(path)
+    where = path if path.is_dir() else path.parent
+    write_reports(where, records)
+    click.echo(f"report: {where / 'report.html'}")
 
 
 @click.command("devices")

@@ -55,13 +55,12 @@ class Stack:
 def bars(rows: Sequence[Bar], axis: Axis, title: str, description: str) -> Html:
     """Horizontal bars on one axis, each under its name, with a tick at its limit."""
     bottom = _ROW * len(rows)
-    parts = []
-    for name, place in axis.marks():
-        x = _along(place)
-        parts += [line(x, 0, x, bottom, "grid"), text(name, x, bottom + 14, "soft", anchor(x))]
+    places = [(name, _along(place)) for name, place in axis.marks()]
+    parts = [text(name, x, bottom + 14, "soft", anchor(x)) for name, x in places]
     for i, row in enumerate(rows):
         y = _ROW * i
         parts += [*heading(row.label, row.note, y, row.state), rect(0, y + 20, WIDTH, "track")]
+        parts += [line(x, y + 17, x, y + 33, "grid") for _, x in places]  # not through the words
         parts.append(rect(0, y + 20, max(2.0, _along(axis.place(row.value))), f"bar {row.state}"))
         if row.limit is not None:
             x = _along(axis.place(row.limit))
