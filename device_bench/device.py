@@ -7,16 +7,14 @@ everything is measured as on any computer; as an adb device it runs the stock pr
 
 from __future__ import annotations
 
-import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from vlmedge.device_bench.hosts.host import Host
 from vlmedge.errors import UsageError, nearest
-from vlmedge.records import decode
+from vlmedge.records import decode, read_toml
 from vlmedge.registry import Registry
 
 FOLDER = Path(__file__).parent / "devices"
@@ -109,13 +107,7 @@ def _addressed(device: Device, address: str) -> Device:
 
 
 def _read(path: Path) -> Device:
-    try:
-        with path.open("rb") as file:
-            data: dict[str, Any] = tomllib.load(file)
-    except OSError as error:
-        raise UsageError(f"the device {path} cannot be read: {os.strerror(error.errno or 0)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the device {path} is no TOML: {error}") from None
+    data = read_toml(path, "device")
     if "name" in data:
         raise UsageError(f"the device {path} has the unknown key 'name'; its file is its name")
     if isinstance(data.get("source"), str):

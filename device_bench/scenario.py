@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image
 
 from vlmedge.device_bench.job import Ask, Work
 from vlmedge.errors import ImageError, UsageError, nearest
 from vlmedge.picture import check_picture
-from vlmedge.records import decode
+from vlmedge.records import decode, read_toml
 
 FOLDER: Final = Path(__file__).parent / "scenarios"
 IMAGES: Final = Path(__file__).parent / "images"
@@ -111,12 +110,7 @@ def load_scenario(name: str) -> Scenario:
 
 
 def _read(path: Path) -> Scenario:
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"the scenario {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the scenario {path} is not TOML: {error}") from None
+    data = read_toml(path, "scenario")
     file = decode(_File, data, path.name)
     asks = tuple(_ask(table, path) for table in file.ask)
     return Scenario(path.stem, file.title, asks, file.tokens, file.warmup, file.repeat, file.min_seconds, file.rounds)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from vlmedge.errors import UsageError, nearest
 from vlmedge.limits import Limits
-from vlmedge.records import decode, encode
+from vlmedge.records import decode, encode, read_toml
 
 FOLDER = Path(__file__).parent / "profiles"
 KvCache: TypeAlias = Literal["f32", "f16", "int8"]
@@ -152,12 +151,7 @@ def load_profile(name: str) -> QuantProfile:
 
 
 def _read(path: Path) -> QuantProfile:
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the profile {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"the profile {path} is not TOML: {error}") from None
+    data = read_toml(path, "profile")
     if "name" in data:
         raise UsageError(f"{path.name} has the key 'name'; a profile is named by its file, drop the key")
     try:

@@ -62,7 +62,7 @@ def test_a_file_of_ones_own(tmp_path):
         ('title = "x"\nhost = "adb"\ncores = 0', "leave out what is not known"),
         ('title = "x"\nhost = "adb"\nname = "y"', "its file is its name"),
         ('title = "x"\nhost = "adb"\n[options]\nport = 22', "must be a string"),
-        ("title = ", "is no TOML"),
+        ("title = ", "is not TOML"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path, text, words):

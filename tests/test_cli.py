@@ -36,7 +36,7 @@ def test_unknown_demo(refused):
 def test_unknown_profile(refused, golden, tmp_path):
     words = ("export", golden, "--format", "gguf", "--quant")
     assert "unknown profile 'q4_o'; did you mean 'q4_0'?" in refused(*words, "q4_o", code=2)
-    assert "cannot read the profile x.toml: No such file" in refused(*words, "x.toml", code=2)
+    assert "the profile x.toml cannot be read: No such file" in refused(*words, "x.toml", code=2)
     (tmp_path / "mine.toml").write_text('summary = "x"\nrulez = []\n')
     assert "mine.toml has the unknown key 'rulez'; did you mean 'rules'?" in refused(
         *words, tmp_path / "mine.toml", code=2

@@ -3,7 +3,7 @@
 `export(source, format, profile)` makes a bundle, `load(bundle or checkpoint)` opens a model with its skills
 (`query`, `caption`, `detect`, `point`, `gaze`, `chat`), `plan` tells what an export would write. `verify` compares a
 bundle with its checkpoint stage by stage, `selftest` with its own recorded vectors; `evaluate` counts right answers of
-several models side by side.
+several models side by side, `bench` measures what they cost.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vlmedge.errors import VlmedgeError
 if TYPE_CHECKING:
     from vlmedge.answer import Answer, Box, Point
     from vlmedge.bundle import Bundle, open_bundle
+    from vlmedge.device_bench.bench import bench
     from vlmedge.evaluation.evaluate import evaluate
     from vlmedge.loading import load
     from vlmedge.parity.selftest import selftest
@@ -36,6 +37,7 @@ _LAZY = {
     "Model": "vlmedge.skills",
     "Plan": "vlmedge.pipeline",
     "Point": "vlmedge.answer",
+    "bench": "vlmedge.device_bench.bench",
     "evaluate": "vlmedge.evaluation.evaluate",
     "export": "vlmedge.pipeline",
     "load": "vlmedge.loading",
@@ -53,6 +55,7 @@ __all__ = [
     "Plan",
     "Point",
     "VlmedgeError",
+    "bench",
     "evaluate",
     "export",
     "load",

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from vlmedge.errors import UsageError, VlmedgeError, nearest
@@ -36,6 +39,16 @@ def decode(cls: type[T], data: Any, where: str, error: type[VlmedgeError] = Usag
     wrong type.
     """
     return typing.cast(T, _value(cls, data, where, error))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The data of a TOML file, for `decode`; `what` it is, in messages. Raises UsageError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"the {what} {path} cannot be read: {os.strerror(error.errno or 0)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the {what} {path} is not TOML: {error}") from None
 
 
 def _record(cls: type, data: Any, where: str, error: type[VlmedgeError]) -> Any:
