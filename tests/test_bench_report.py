@@ -14,10 +14,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from tests.bench_records import ASKS, ENVIRONMENT, KINDS, WORK, measured, minutes, record, run
+from tests.bench_records import ASKS, ENVIRONMENT, KINDS, WORK, anchor, measured, minutes, record, run
 from tests.browser import chromium
 from tests.test_report_page import CONTRAST, CROSSING, HOSTILE, LETTERS, LONG, SCHEMES, read
 from vlmedge.device_bench.report import csv_text, markdown, page, tables, told
+from vlmedge.device_bench.report.chosen import is_calm, last_tries
 from vlmedge.device_bench.report.load import read_records, schema_text
 from vlmedge.device_bench.report.statistics import Samples, figures, ratio
 from vlmedge.device_bench.report.summary import summarise
@@ -207,6 +208,15 @@ def test_the_second_try_replaces_the_first(full):
 def test_a_job_on_another_device_is_another_job(summaries):
     assert len(summaries["elsewhere"].rows) == 9
     assert {row.rounds for row in summaries["elsewhere"].rows} == {2}
+
+
+def test_a_process_before_an_anchor_that_drifted_is_not_calm():
+    rng = random.Random(0)
+    jobs = [measured(rng, KINDS[0], 1, 60), measured(rng, KINDS[0], 2, 120)]
+    steady, slowed = replace(anchor(100), drift=0.0), replace(anchor(180), drift=0.2)
+    found = last_tries([jobs[0], steady, jobs[1], slowed])
+    assert [record.drift for record in found] == [0.01, 0.0, 0.2, 0.2]
+    assert [is_calm(record) for record in found if record.kind == "measure"] == [True, False]
 
 
 def test_only_calm_processes_count_where_there_are_any():

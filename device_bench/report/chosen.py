@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from vlmedge.device_bench.report.stages import values
@@ -25,13 +26,30 @@ def is_calm(record: Record) -> bool:
 
 
 def last_tries(records: Iterable[Record]) -> list[Record]:
-    """Jobs that were run again replace their first tries, where these stood; anchors all stay."""
+    """Jobs that were run again replace their first tries, where these stood; anchors all stay.
+
+    `drift` is then the worse of the anchors before and after a job: when its record was written, the next one was not
+    known.
+    """
     found: dict[object, Record] = {}
-    for i, record in enumerate(records):
+    for i, record in enumerate(_between_anchors(records)):
         key: object = (record.device, record.job) if record.kind != "anchor" else i
         if key not in found or record.again >= found[key].again:
             found[key] = record
     return list(found.values())
+
+
+def _between_anchors(records: Iterable[Record]) -> list[Record]:
+    after: dict[tuple[str, int | None], float] = {}
+    found = []
+    for record in reversed(list(records)):
+        key = (record.device, record.reply.threads)
+        if record.kind == "anchor" and record.drift is not None:
+            after[key] = record.drift
+        elif record.drift is not None and after.get(key, 0.0) > record.drift:
+            record = replace(record, drift=after[key])
+        found.append(record)
+    return found[::-1]
 
 
 def counted(records: Iterable[Record]) -> list[Record]:
