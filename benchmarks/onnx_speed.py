@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -30,13 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from onnx_speed_children import PROMPT, READ, Reply
-from real_size import Size, crop_flops, kv_bytes, machine, open_random, say, write_moondream
+from real_size import Size, kv_bytes, machine, open_random, say, write_moondream
 
+from vlmedge.device_bench.costs import crop_flops
+from vlmedge.device_bench.others import busy_seconds
 from vlmedge.runtimes.cores import physical_cores
 
 ONNX, GGUF = ("q4-fast", "q4", "w8a8", "turbo"), ("q4_0", "q4")
 STAGES = ("decode", "prefill", "vision", "first_token", "export", "memory")
-TICK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 CHILDREN = Path(__file__).with_name("onnx_speed_children.py")
 
 
@@ -51,10 +51,10 @@ class Child:
     def ask(self, **request: Any) -> Reply:
         """Send one request and wait for the reply; adds `others`, the processors that other processes took."""
         assert self._process.stdin is not None
-        busy, start = machine_cpu_seconds(), time.perf_counter()
+        busy, start = busy_seconds() or 0.0, time.perf_counter()
         print(json.dumps(request), file=self._process.stdin, flush=True)
         reply = self._reply()
-        taken = machine_cpu_seconds() - busy - reply["child_cpu_s"]
+        taken = (busy_seconds() or 0.0) - busy - reply["child_cpu_s"]
         return reply | {"others": round(max(0.0, taken) / (time.perf_counter() - start), 3)}
 
     def _reply(self) -> Reply:
@@ -68,16 +68,6 @@ class Child:
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
-
-
-def machine_cpu_seconds() -> float:
-    """Processor time that all processes took since the start of the machine; 0 where the system does not tell."""
-    try:
-        words = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
-    except OSError:
-        return 0.0
-    user, nice, system, _idle, _wait, irq, soft, steal = map(int, words)
-    return (user + nice + system + irq + soft + steal) / TICK
 
 
 @dataclass

@@ -21,7 +21,7 @@ from vlmedge.exporters import EXPORTERS, ExportJob
 from vlmedge.exporters.choice import choose
 from vlmedge.families import FAMILIES
 from vlmedge.session import F32
-from vlmedge.spec import DecoderSpec, ModelSpec, Shape, VisionSpec
+from vlmedge.spec import DecoderSpec, ModelSpec, Shape
 from vlmedge.tensors import Tensor
 
 BLOCK = 4 << 20  # values made at a time
@@ -174,13 +174,6 @@ def kv_bytes(decoder: DecoderSpec, kind: str, positions: float) -> float:
     """Bytes of keys and values that a token at `positions` reads."""
     item = {"f32": 4, "f16": 2, "int8": 1}[kind]
     return 2.0 * decoder.layers * decoder.kv_heads * decoder.head_dim * item * positions
-
-
-def crop_flops(vision: VisionSpec) -> float:
-    """Operations of one crop's matrix products."""
-    w, m, n = vision.width, vision.mlp_width, vision.tokens
-    layer = 2.0 * n * (4 * w * w + 2 * w * m) + 4.0 * n * n * w
-    return vision.layers * layer + 2.0 * n * w * vision.channels * vision.patch_size**2
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,6 @@ from vlmedge.device_bench.execution import Execution
 from vlmedge.device_bench.job import Job, Variant
 from vlmedge.device_bench.plan import Plan
 from vlmedge.device_bench.result import Record
-from vlmedge.device_bench.sustained import sustain_job
 from vlmedge.device_bench.tuning import thread_counts, tuned, tuning_job
 from vlmedge.progress import Progress
 
@@ -166,8 +165,9 @@ class DeviceRun:
     def _sustain(self) -> None:
         """Each variant for minutes, after the machine has had time to rest."""
         orders, minutes = self._orders, self._orders.plan.minutes
+        work = replace(orders.plan.scenario.work, minutes=minutes)
         jobs = [
-            sustain_job(self._device, variant, orders.plan.scenario.work, minutes, orders.truth)
+            Job("sustain", self._device, work, 1, variant, orders.truth)
             for variant in self._variants
             if not self._given_up(variant)
         ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import vlmedge
 from vlmedge.device_bench.nvml import load_nvml
+from vlmedge.device_bench.system_file import number, text
 from vlmedge.runtimes.cores import physical_cores
 
 PACKAGES = (
@@ -67,7 +68,7 @@ def environment(root: Path = ROOT) -> dict[str, Any]:
 def cpu_model(root: Path = ROOT) -> str:
     """The processor's name; of boards with Arm's the board's, which says which it is."""
     info = _cpu_info(root)
-    board = _text(root / "proc/device-tree/model").strip("\0")
+    board = text(root / "proc/device-tree/model").strip("\0")
     found = info.get("model name") or board or info.get("Hardware") or _sysctl("machdep.cpu.brand_string")
     return found or os.environ.get("PROCESSOR_IDENTIFIER", "") or platform.processor() or platform.machine()
 
@@ -85,7 +86,7 @@ def cpu_flags(root: Path = ROOT) -> frozenset[str]:
 def ram_bytes(root: Path = ROOT) -> int | None:
     """Memory of the machine, or of the container where it may use less; None where the system does not tell."""
     groups = ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup v2, v1
-    limits = [_memory_info(root).get("MemTotal"), *(_number(root / group) for group in groups)]
+    limits = [_memory_info(root).get("MemTotal"), *(number(root / group) for group in groups)]
     known = [limit for limit in limits if limit]
     if known:
         return min(known)
@@ -114,7 +115,7 @@ def windows_ram(kernel: Any) -> int | None:
 
 def _cpu_info(root: Path) -> dict[str, str]:
     """The first of everything in /proc/cpuinfo."""
-    lines = (line.partition(":") for line in _text(root / "proc/cpuinfo").splitlines())
+    lines = (line.partition(":") for line in text(root / "proc/cpuinfo").splitlines())
     found: dict[str, str] = {}
     for name, _, value in lines:
         found.setdefault(name.strip(), value.strip())
@@ -123,25 +124,25 @@ def _cpu_info(root: Path) -> dict[str, str]:
 
 def _memory_info(root: Path) -> dict[str, int]:
     """/proc/meminfo in bytes."""
-    lines = (line.partition(":") for line in _text(root / "proc/meminfo").splitlines() if line.endswith(" kB"))
+    lines = (line.partition(":") for line in text(root / "proc/meminfo").splitlines() if line.endswith(" kB"))
     return {name: 1024 * int(value.split()[0]) for name, _, value in lines}
 
 
 def _governing(root: Path) -> Iterator[tuple[str, Any]]:
     """What decides about clocks and pages. Frequencies by policy: MHz now, least, most (cpufreq's files have kHz)."""
     policies = sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*"))
-    yield "governor", ", ".join(sorted({_text(p / "scaling_governor") for p in policies} - {""}))
+    yield "governor", ", ".join(sorted({text(p / "scaling_governor") for p in policies} - {""}))
     files = ("scaling_cur_freq", "scaling_min_freq", "scaling_max_freq")
-    clocks = {p.name: [_number(p / file) for file in files] for p in policies}
+    clocks = {p.name: [number(p / file) for file in files] for p in policies}
     yield "mhz", {name: [v and v // 1000 for v in values] for name, values in clocks.items() if any(values)}
-    yield "huge_pages", _chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    yield "huge_pages", _chosen(text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
 
 
 def _temperatures(root: Path) -> dict[str, float]:
     """Degrees Celsius by sensor, the warmest of equal names (thermal_zone's `temp` is in thousandths)."""
     found: dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        value, name = _number(zone / "temp"), _text(zone / "type") or zone.name
+        value, name = number(zone / "temp"), text(zone / "type") or zone.name
         if value is not None:
             found[name] = max(found.get(name, -273.0), value / 1000)
     return found
@@ -150,7 +151,7 @@ def _temperatures(root: Path) -> dict[str, float]:
 def _virtual(root: Path) -> str:
     """What stands between the system and the processor, as far as it shows itself."""
     flags = (_cpu_info(root).get("flags") or "").split()
-    words = [_text(root / "sys/class/dmi/id/product_name") or "a hypervisor"] if "hypervisor" in flags else []
+    words = [text(root / "sys/class/dmi/id/product_name") or "a hypervisor"] if "hypervisor" in flags else []
     if (root / ".dockerenv").exists() or (root / "run/.containerenv").exists():
         words.append("a container")
     return ", ".join(words)
@@ -161,7 +162,7 @@ def _system(root: Path) -> str:
         return f"macOS {platform.mac_ver()[0]}"
     if sys.platform == "win32":
         return f"Windows {platform.version()}"
-    lines = (line.partition("=") for line in _text(root / "etc/os-release").splitlines())
+    lines = (line.partition("=") for line in text(root / "etc/os-release").splitlines())
     names = {name: value.strip('"') for name, _, value in lines}
     return names.get("PRETTY_NAME", "") or platform.system()
 
@@ -201,18 +202,6 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path)
-    return int(text) if text.lstrip("-").isdigit() else None
 
 
 def _chosen(text: str) -> str:

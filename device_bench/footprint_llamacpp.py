@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from vlmedge.bundle import Manifest
+from vlmedge.device_bench.environment import ROOT, cpu_flags
 from vlmedge.device_bench.footprint import (
     BASELINES,
     COPIES,
@@ -66,12 +67,9 @@ def _amx(manifest: Manifest) -> float:
     return sum(size * _AMX.get(kind, 0.0) for kind, size in decoder.types.items())
 
 
-def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def has_amx(root: Path = ROOT) -> bool:
     """Tell whether this processor multiplies tiles of 8-bit numbers, so that llama.cpp lays weights out for that."""
-    try:
-        return "amx_int8" in cpuinfo.read_text(encoding="utf-8")
-    except OSError:
-        return False
+    return "amx_int8" in cpu_flags(root)
 
 
 def _tower_rows(manifest: Manifest) -> float:

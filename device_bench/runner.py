@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,7 +25,6 @@ from vlmedge.staging import write_text
 
 TRUTH: Final = "truth.json"
 TIMEOUT: Final = 600.0  # seconds of a job, unless the user says otherwise
-_HERE: Final = {"local", "browser", "localhost", "127.0.0.1", "[::1]", "::1"}  # words in the names of hosts here
 _WAIT = 0.5  # seconds between two looks at threads: a wait without end hears no Ctrl-C on Windows
 
 
@@ -122,10 +120,7 @@ def _machines(devices: Sequence[str], hosts: Mapping[str, Host]) -> list[list[st
     """Devices by machine: those of one machine would disturb each other."""
     groups: dict[str, list[str]] = {}
     for device in devices:
-        name = hosts[device].name
-        here = not _HERE.isdisjoint(re.split(r"[ @]", name.lower()))  # not "pi@raspberrypi.local"
-        # "ssh pi@10.0.0.5", "adb SERIAL", "ray ADDRESS" and, of a second node on one machine, its id behind that
-        groups.setdefault("" if here else " ".join(name.split()[:2]), []).append(device)
+        groups.setdefault(hosts[device].machine, []).append(device)
     return list(groups.values())
 
 

@@ -61,6 +61,7 @@ class FakeHost:
     """Answers from a script; an hour of it is a moment."""
 
     name: str = "local"
+    machine: str = ""
     rates: list = field(default_factory=list)  # of the anchors to come, then 100
     script: dict = field(default_factory=dict)  # label -> replies to come, then good ones
     jobs: list = field(default_factory=list)
@@ -388,16 +389,16 @@ def test_a_sustained_run_shows_that_the_ranking_changes(go):
 
 
 def test_machines_work_at_the_same_time(go):
-    hosts = {"pi": FakeHost("ssh pi@10.0.0.5"), "phone": FakeHost("adb 1234")}
+    hosts = {"pi": FakeHost("ssh pi@10.0.0.5", "pi"), "phone": FakeHost("adb 1234", "phone")}
     plan = plan_of("a", "b", rounds=2)
     seats = [replace(seat, device=device) for device in hosts for seat in plan.seats]
     records, _ = go(replace(plan, seats=tuple(seats)), FakeHost(), hosts=hosts)
     for device, host in hosts.items():
         assert "".join(host.order) == "*abba*"
         assert {r.host for r in records if r.device == device} == {host.name}
-    names = ("local", "browser chromium", "ssh me@localhost", "ssh pi@a.local", "ssh pi@b.local", "ray 10.0.0.1 af")
-    found = _machines("abcdef", {d: FakeHost(name) for d, name in zip("abcdef", names, strict=True)})
-    assert found == [["a", "b", "c"], ["d"], ["e"], ["f"]]
+    words = ("local", "browser", "ssh:me@localhost", "ssh:pi@a.local", "ssh:pi@b.local", "adb:1234", "ssh:you@A.local")
+    found = _machines(words, {word: open_host(load_device(word)) for word in words})
+    assert found == [list(words[:3]), [words[3], words[6]], [words[4]], [words[5]]]
     hosts["phone"].run = None  # not even callable: an error of ours is raised here, not lost in a thread
     with pytest.raises(TypeError):
         go(replace(plan, seats=tuple(seats), scenario=plan.scenario.changed(rounds=3)), FakeHost(), hosts=hosts)
@@ -426,7 +427,7 @@ class Calm:
 
     def __init__(self):
         self.host = open_host(load_device("local"))
-        self.name = self.host.name
+        self.name, self.machine = self.host.name, self.host.machine
 
     def units(self):
         return self.host.units()

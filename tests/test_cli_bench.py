@@ -134,8 +134,9 @@ def test_compare_ends_with_1_where_something_is_worse_for_sure(ran, cli, succeed
             record["variant"]["bytes"] *= 2
     after = tmp_path / "after.jsonl"
     after.write_text("".join(json.dumps(record) + "\n" for record in lines))
-    done = cli("bench", "compare", before, after, "--json")
+    done = cli("bench", "compare", before, after, "--json", "--report", tmp_path / "beside.md")
     assert done.code == 1
+    assert "**Regressions**" in (tmp_path / "beside.md").read_text(encoding="utf-8")
     assert one_line(done.err).startswith("vlmedge: 1 regression; the first: right.gguf (local): size ")
     assert len(done.data["regressions"]) == 1
     assert succeed("bench", "compare", after, before).out.endswith("no regression\n")

@@ -97,9 +97,9 @@ def test_a_first_opening_takes_a_second_copy(manifest):
 
 
 def test_amx_adds_the_sums_of_blocks(manifest, tmp_path):
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags : avx512f amx_int8\n")
-    assert has_amx(cpuinfo)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("flags : avx512f amx_int8\n")
+    assert has_amx(tmp_path)
     assert not has_amx(tmp_path / "none")
 
 

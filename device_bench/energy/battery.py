@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmedge.device_bench.energy.meter import SAMPLED, Meter, Sampled, Watched
+from vlmedge.device_bench.system_file import text
 from vlmedge.errors import RuntimeFailedError
 
 ROOT = Path("/sys/class/power_supply")
@@ -18,10 +19,10 @@ ROOT = Path("/sys/class/power_supply")
 
 def find(root: Path = ROOT) -> Meter | str:
     """The sum of this machine's batteries while they are discharged; why not; "" where there is none."""
-    batteries = [b for b in sorted(root.glob("*")) if _text(b / "type") == "Battery" and _text(b / "scope") != "Device"]
+    batteries = [b for b in sorted(root.glob("*")) if text(b / "type") == "Battery" and text(b / "scope") != "Device"]
     if not batteries:
         return ""
-    if not any(_text(b / "status") == "Discharging" for b in batteries):
+    if not any(text(b / "status") == "Discharging" for b in batteries):
         return "the battery tells what the machine takes only while it is discharged: unplug it"
     try:
         _watts(batteries)
@@ -31,9 +32,9 @@ def find(root: Path = ROOT) -> Meter | str:
 
 
 def _watts(batteries: Sequence[Path]) -> float:
-    if any(_text(b / "status") == "Charging" for b in batteries):
+    if any(text(b / "status") == "Charging" for b in batteries):
         raise RuntimeFailedError("the battery was charged meanwhile; unplug it and run the job again")
-    return sum(_power(b) for b in batteries if _text(b / "status") == "Discharging")
+    return sum(_power(b) for b in batteries if text(b / "status") == "Discharging")
 
 
 def _power(battery: Path) -> float:
@@ -44,10 +45,3 @@ def _power(battery: Path) -> float:
 
 def _number(path: Path) -> int:
     return int(path.read_text(encoding="ascii"))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmedge.device_bench.energy.meter import SAMPLED, Meter, Sampled, Watched
+from vlmedge.device_bench.system_file import text
 
 ROOT = Path("/sys/class/hwmon")
 # What all else on the module is fed from: Xavier NX and Orin NX/Nano; Jetson Nano. Boards without one (AGX Xavier,
@@ -55,14 +56,7 @@ def _watts(rails: Sequence[Rail]) -> float:
 
 
 def _rails(chip: Path) -> list[Rail]:
-    if _text(chip / "name") != "ina3221":
+    if text(chip / "name") != "ina3221":
         return []
-    found = (Rail(chip, channel, _text(chip / f"in{channel}_label")) for channel in (1, 2, 3))
+    found = (Rail(chip, channel, text(chip / f"in{channel}_label")) for channel in (1, 2, 3))
     return [rail for rail in found if rail.name not in _NOT_RAILS and (chip / f"curr{rail.channel}_input").exists()]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""

@@ -71,6 +71,11 @@ class AdbHost:
         serial = self._phone.serial if self._phone else self._device.options.get("serial", "")
         return f"adb {serial}".rstrip()
 
+    @property
+    def machine(self) -> str:
+        """The device itself."""
+        return self.name
+
     def open(self) -> None:
         """Find the phone, make the folder there and put the script that watches programs into it.
 

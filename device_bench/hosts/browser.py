@@ -63,6 +63,11 @@ class BrowserHost:
         """As it stands in records: "browser chromium", or "browser" where any may open the page."""
         return "browser" if self._waits else f"browser {Path(self._program or 'not found').stem}"
 
+    @property
+    def machine(self) -> str:
+        """This one."""
+        return ""
+
     def open(self) -> None:
         """Find the browser and onnxruntime-web, and serve the page. Raises RuntimeFailedError, UsageError."""
         if not self._waits:

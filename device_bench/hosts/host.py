@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from vlmedge.device_bench.job import Job
 from vlmedge.device_bench.result import Reply
@@ -13,12 +13,24 @@ from vlmedge.device_bench.result import Reply
 Units: TypeAlias = Mapping[str, Mapping[str, str]]
 
 
+_LOOPBACK: Final = frozenset(("localhost", "127.0.0.1", "::1", "[::1]"))
+
+
+def machine_at(address: str, name: str) -> str:
+    """`Host.machine` of what answers at an address: `name`, or "" where that is this machine itself."""
+    return "" if address.lower() in _LOOPBACK else name
+
+
 class Host(Protocol):
     """One machine that runs jobs, one at a time."""
 
     @property
     def name(self) -> str:
         """As it stands in records: "local", "ssh pi@10.0.0.5", ..."""
+
+    @property
+    def machine(self) -> str:
+        """Hosts of one machine have the same, that of this machine is "": their jobs would disturb each other."""
 
     def open(self) -> None:
         """Connect, and put what jobs need there. Raises RuntimeFailedError where it cannot be reached or used."""

@@ -72,6 +72,11 @@ class IphoneHost:
         """As it stands in records: "iphone NAME"."""
         return " ".join(filter(None, ("iphone", self._phone.name if self._phone else self._options.get("name", ""))))
 
+    @property
+    def machine(self) -> str:
+        """The device itself."""
+        return self.name
+
     def open(self) -> None:
         """Find the phone, build the app that runs models there, and start it. Raises RuntimeFailedError."""
         reason = missing()

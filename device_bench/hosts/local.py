@@ -34,6 +34,11 @@ class LocalHost:
         """As it stands in records."""
         return "local"
 
+    @property
+    def machine(self) -> str:
+        """This one."""
+        return ""
+
     def open(self) -> None:
         """Nothing is needed."""
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from vlmedge import __version__
 from vlmedge.device_bench.hosts.files import renamed
-from vlmedge.device_bench.hosts.host import Host, Output, Units
+from vlmedge.device_bench.hosts.host import Host, Output, Units, machine_at
 from vlmedge.device_bench.hosts.local import UNITS, UNITS_TIME, WORKER, job_line
 from vlmedge.device_bench.hosts.process import run_guarded
 from vlmedge.device_bench.job import Job
@@ -41,25 +41,30 @@ def ray_hosts(address: str, command: Sequence[str] = ()) -> Iterator[list[Host]]
         found = nodes(ray)
         if not found:
             raise RuntimeFailedError(NOBODY)
-        yield [RayHost(ray, node, name, command) for node, name in zip(found, _names(found), strict=True)]
+        yield [RayHost(ray, node, *names, command) for node, names in zip(found, _names(found), strict=True)]
 
 
 class RayHost:
     """One node. Models lie in a folder that all nodes share, or have a name that each can open; pictures go along."""
 
-    def __init__(self, ray: Ray, node: Node, name: str, command: Sequence[str] = ()) -> None:
+    def __init__(self, ray: Ray, node: Node, name: str, address: str, command: Sequence[str] = ()) -> None:
         pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = node["Resources"].get("GPU", 0)
         work = errand("vlmedge.device_bench.hosts.ray:run_there", "bench")
         self._task = ray.remote(num_cpus=cpus(node), num_gpus=gpus, max_retries=0, scheduling_strategy=pinned)(work)
         self._ray = ray
-        self._name = name
+        self._name, self._address = name, address
         self._command = list(command)
 
     @property
     def name(self) -> str:
         """As it stands in records."""
         return self._name
+
+    @property
+    def machine(self) -> str:
+        """By its address: several nodes may be one machine's."""
+        return machine_at(self._address, f"ray {self._address}")
 
     def open(self) -> None:
         """The cluster is connected already."""
@@ -147,10 +152,14 @@ def _unpacked(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
     return names
 
 
-def _names(found: Sequence[Node]) -> list[str]:
-    """By the name that `ray start` was given, or address; nodes of one machine share it, and have their id too."""
-    bare = [f"ray {node.get('NodeName') or node['NodeManagerAddress']}" for node in found]
-    count = Counter(bare)
+def _names(found: Sequence[Node]) -> list[tuple[str, str]]:
+    """Of each node its name and its machine's: what `ray start` was given, or its address.
+
+    Nodes of one machine share that, and have their id behind it.
+    """
+    addresses = [str(node.get("NodeName") or node["NodeManagerAddress"]) for node in found]
+    count = Counter(addresses)
     return [
-        name if count[name] == 1 else f"{name} {node['NodeID'][:8]}" for name, node in zip(bare, found, strict=True)
+        (f"ray {address}" if count[address] == 1 else f"ray {address} {node['NodeID'][:8]}", address)
+        for address, node in zip(addresses, found, strict=True)
     ]

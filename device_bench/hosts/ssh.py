@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 from vlmedge.device_bench.hosts import guard, remote
 from vlmedge.device_bench.hosts.connection import LOST, Connection, LostError
 from vlmedge.device_bench.hosts.files import Stored, parcels, renamed
-from vlmedge.device_bench.hosts.host import Units
+from vlmedge.device_bench.hosts.host import Units, machine_at
 from vlmedge.device_bench.hosts.local import UNITS, UNITS_TIME, WORKER, job_line
 from vlmedge.device_bench.hosts.wheel import NAME, build_wheel
 from vlmedge.device_bench.job import Job
@@ -66,6 +66,12 @@ class SshHost:
     def name(self) -> str:
         """As it stands in records."""
         return f"ssh {self._connection.address}"
+
+    @property
+    def machine(self) -> str:
+        """By its address, whoever logs in."""
+        address = self._connection.address.rpartition("@")[2].lower()
+        return machine_at(address, f"ssh {address}")
 
     def open(self) -> None:
         """Connect, copy this vlmedge there, and see to what it needs.

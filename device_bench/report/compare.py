@@ -53,11 +53,6 @@ class Compared:
     changes: tuple[Change, ...] = ()
     reason: str = ""
 
-    @property
-    def regressed(self) -> bool:
-        """Does it run no longer, or is one of its quantities worse for sure?"""
-        return self.state in ("failing", "missing") or any(c.verdict == "regression" for c in self.changes)
-
 
 @dataclass(frozen=True, slots=True)
 class Comparison:

@@ -27,17 +27,21 @@ def _tolerance(_context: click.Context, _parameter: click.Parameter, value: str)
 @click.option(
     "--tolerance", callback=_tolerance, default="5%", show_default=True, metavar="SHARE", help="May be worse."
 )
+@click.option("--report", metavar="FILE.md", help="Write it as Markdown too.")
 @json_option
-def compare(before: str, after: str, tolerance: float, as_json: bool) -> None:
+def compare(before: str, after: str, tolerance: float, report: str | None, as_json: bool) -> None:
     """Compare run B with run A; exit code 1 where something became worse.
 
     That is: by more than the tolerance, and for sure (the whole 95 % interval), or where a row fails or is gone.
     """
     from vlmedge.device_bench.report.compare import compare as compared
-    from vlmedge.device_bench.report.compare_text import render_text
+    from vlmedge.device_bench.report.compare_text import render_markdown, render_text
     from vlmedge.device_bench.report.load import read_records
+    from vlmedge.staging import write_text
 
     found = compared(read_records(Path(before)), read_records(Path(after)), tolerance)
+    if report is not None:
+        write_text(Path(report), render_markdown(found))
     if as_json:
         print_json(found.as_dict())
     else:

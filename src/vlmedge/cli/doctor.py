@@ -31,6 +31,7 @@ EXTRAS = {"llamacpp": "llama-cpp-python", "torch": "torch", "coreml": "coremltoo
 @json_option
 def command(as_json: bool) -> None:
     """Check this machine; exit code 1 where a part of the base install is broken."""
+    from vlmedge.device_bench.environment import cpu_model
     from vlmedge.exporters import EXPORTERS
     from vlmedge.runtimes import RUNTIMES
 
@@ -55,7 +56,7 @@ def command(as_json: bool) -> None:
         "vlmedge": __version__,
         "python": sys.version.split()[0],
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_model(),
         "cores": os.cpu_count(),
         "memory_mb": _memory_mb(),
     }
@@ -100,17 +101,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith(("model name", "Model")):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _memory_mb() -> int | None:
